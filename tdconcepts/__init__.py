@@ -1,0 +1,1 @@
+"""TensorDict-native hooks for interpretability: explain, intervene, experiment."""

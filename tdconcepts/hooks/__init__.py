@@ -1,0 +1,1 @@
+"""How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
