@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["BadKey", "BadType", "BadValue", "TdConceptsError", "nearest"]
+__all__ = ["BadKey", "BadType", "BadValue", "MissingExtra", "TdConceptsError", "import_extra", "nearest"]
 
 
 class TdConceptsError(Exception):
@@ -44,6 +46,31 @@ class BadValue(TdConceptsError, ValueError):
 
 class BadType(TdConceptsError, TypeError):
     """An object of the wrong kind, a bare ``nn.Module`` or an integer tensor asked for gradients among them."""
+
+
+class MissingExtra(TdConceptsError, ImportError):
+    """A package that one of the extras brings is not installed."""
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """The imported ``module``, or the command that installs the extra it comes with.
+
+    Raises:
+        MissingExtra: ``module`` can't be imported; the original error is the cause.
+
+    Examples:
+        >>> import_extra("math", "rl").sqrt(4.0)
+        2.0
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"this needs {module.partition('.')[0]}, which is not there",
+            got=f"{type(error).__name__}: {error}",
+            needed=f"the extra {extra!r}",
+            fix=f"pip install 'tdconcepts[{extra}]'",
+        ) from error
 
 
 def nearest(name: object, names: Iterable[object], limit: int = 4) -> str:
