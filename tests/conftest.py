@@ -1,0 +1,45 @@
+"""What every test gets: one thread, a seed, figures without a screen, and a check that no global state was left changed."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the nets are small, and the test workers share the cores
+
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same global RNG state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def global_state_kept():
+    """A test that leaves the process changed fails itself, not the next one."""
+    before = _global_state()
+    yield
+    assert _global_state() == before
+
+
+def _global_state() -> dict[str, object]:
+    module = torch.nn.modules.module
+    return {
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "function modes": torch.overrides._get_current_function_mode_stack(),
+        "global hooks": {name: len(hooks) for name, hooks in vars(module).items() if _is_hook_dict(name, hooks)},
+    }
+
+
+def _is_hook_dict(name: str, value: object) -> bool:
+    return name.startswith("_global_") and "hooks" in name and isinstance(value, dict)

@@ -1,0 +1,5 @@
+"""Stand-in for timm."""
+
+from timm import models
+
+__all__ = ["models"]

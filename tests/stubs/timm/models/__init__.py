@@ -1,0 +1,5 @@
+"""Stand-in for timm.models."""
+
+from timm.models import vision_transformer
+
+__all__ = ["vision_transformer"]
