@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from tdconcepts.errors import BadKey, nearest
 
-__all__ = ["NestedKey", "as_key", "as_keys", "check_writable", "join", "key_text"]
+__all__ = ["NestedKey", "as_key", "as_keys", "check_present", "check_writable", "join", "key_text"]
 
 NestedKey: TypeAlias = str | tuple[str, ...]
 
@@ -68,25 +68,31 @@ def key_text(key: object) -> str:
 
 
 def check_writable(out_keys: Sequence[NestedKey], in_keys: Iterable[NestedKey] = ()) -> None:
-    """Refuse keys that can't be written together: twice the same, or one below another, or below an entry that is read.
+    """Refuse keys that can't be written together: twice the same, or one below another, be that one written or read.
 
     Raises:
         BadKey: the two keys that clash.
+
+    Examples:
+        >>> check_writable([("attribution", "x"), "y"], in_keys=["x", "y"])
     """
-    seen: dict[tuple[str, ...], NestedKey] = {}
+    written: dict[tuple[str, ...], NestedKey] = {}
     for key in out_keys:
         path = join(key)
-        if path in seen:
+        if path in written:
             raise BadKey(
-                "two entries would be written under one key", got=key_text(key), fix="pass another out_key= to one of them"
+                "two entries would be written under one key",
+                got=key_text(key),
+                fix="pass another out_key= to one of them",
             )
-        seen[path] = key
-    leaves = {join(key): key for key in in_keys} | seen
-    for path, key in seen.items():
+        written[path] = key
+    entries = {join(key): key for key in in_keys} | written
+    for path, key in entries.items():
+        above = entries if path in written else written  # what is read may lie as it likes
         for depth in range(1, len(path)):
-            if path[:depth] in leaves:
+            if path[:depth] in above:
                 raise BadKey(
-                    "an entry would be written below a tensor",
+                    "an entry and a group of entries can't have one name",
                     got=f"{key_text(key)}, below {key_text(path[:depth])}",
                     needed="keys that do not start with another entry's key",
                     fix="pass out_key= with another first name",

@@ -1,4 +1,4 @@
-"""What every test gets: one thread, a seed, figures without a screen, and a check that no global state was left changed."""
+"""What every test gets: one thread, a seed, figures without a screen, and a check that global state is as before."""
 
 import os
 
