@@ -1,0 +1,144 @@
+"""Running one episode for each seed, in vectorised environments: the same seed, the same start state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import InteractionType, set_interaction_type
+from torch import Tensor
+
+from tdconcepts.errors import BadValue
+from tdconcepts.keys import NestedKey, join
+
+__all__ = ["Policy", "Visited", "episode_returns", "run_episodes"]
+
+Policy: TypeAlias = Callable[[TensorDictBase], TensorDictBase]
+
+
+@dataclass
+class Visited:
+    """What :func:`run_episodes` saw on the way, one item for each batch of seeds that ran together.
+
+    ``starts``: the reset states ``[n]``; ``states``: the recorded entries ``[T, n]``; ``actions`` ``[T, n, ...]``;
+    ``alive``: whether the first episode was still running ``[T, n]``.
+    """
+
+    starts: list[TensorDictBase] = field(default_factory=list)
+    states: list[TensorDictBase] = field(default_factory=list)
+    actions: list[Tensor] = field(default_factory=list)
+    alive: list[Tensor] = field(default_factory=list)
+
+
+def episode_returns(
+    env: Any, policy: Policy, seeds: Sequence[int], *, max_steps: int = 1000, greedy: bool = True
+) -> TensorDictBase:
+    """The first episode of each seed: undiscounted return, length, and whether it came to its end.
+
+    ================================ ======================================================
+    reads                            gives
+    ================================ ======================================================
+    what the policy reads            ``"return"`` ``[S]`` float64, ``"length"`` ``[S]`` int64,
+                                     ``"finished"`` ``[S]`` bool
+    ================================ ======================================================
+
+    Args:
+        env: a torchrl environment. One with a batch of n runs n seeds at a time; a vectorised gymnasium environment
+            (:func:`~tdconcepts.rl.cartpole_env`) starts each slot from its own seed, so that the number of slots makes
+            no difference; other batched environments are seeded with the first seed of each batch.
+        policy: any TensorDictModule, or callable on TensorDicts, that writes the action.
+        seeds: one episode for each.
+        max_steps: an episode is cut after so many steps; 1000 by default.
+        greedy: act deterministically (the default), or sample with the torch seed of the first seed of each batch.
+
+    Raises:
+        BadValue: a reward or a done flag that is not one number for each environment, ``max_steps < 1``, no seeds.
+    """
+    return run_episodes(env, policy, seeds, max_steps=max_steps, greedy=greedy)[0]
+
+
+def run_episodes(
+    env: Any,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    max_steps: int = 1000,
+    greedy: bool = True,
+    record: Sequence[NestedKey] = (),
+) -> tuple[TensorDictBase, Visited]:
+    """As :func:`episode_returns`, with the start states, and with the entries in ``record`` at each step."""
+    if max_steps < 1 or not len(seeds):
+        raise BadValue(
+            "no episode to run", got=f"{len(seeds)} seeds, max_steps={max_steps}", needed="at least one each"
+        )
+    width, seen, parts = max(1, env.batch_size.numel()), Visited(), []
+    for start in range(0, len(seeds), width):
+        part = [int(seed) for seed in seeds[start : start + width]]
+        padded = part + part[-1:] * (width - len(part))
+        with torch.no_grad(), interaction(greedy), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(padded[0])
+            parts.append(_together(env, policy, padded, max_steps, list(record), seen)[: len(part)])
+    return torch.cat(parts), seen
+
+
+def interaction(greedy: bool) -> set_interaction_type:
+    """The context under which a policy acts greedily, or samples."""
+    return set_interaction_type(InteractionType.DETERMINISTIC if greedy else InteractionType.RANDOM)
+
+
+def _together(
+    env: Any, policy: Policy, seeds: list[int], max_steps: int, record: list[NestedKey], seen: Visited
+) -> TensorDictBase:
+    done_key, count = _done_key(env), len(seeds)
+    td = _seeded_reset(env, seeds)
+    seen.starts.append(td.clone())
+    total, length = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
+    alive = torch.ones(count, dtype=torch.bool)
+    states, actions, alives = [], [], []
+    for _ in range(max_steps):
+        if record:
+            states.append(td.select(*record).clone())
+        td = policy(td)
+        if record:
+            actions.append(td.get(env.action_key).clone())
+            alives.append(alive)
+        td, following = env.step_and_maybe_reset(td)  # slots that are done go on with other episodes, which don't count
+        reward, done = td.get(join("next", env.reward_key)).cpu(), td.get(join("next", done_key)).cpu()
+        if reward.numel() != count or done.numel() != count:
+            raise BadValue(
+                "the return needs one reward and one done flag for each environment",
+                got=f"reward {list(reward.shape)}, done {list(done.shape)} for {count} environments",
+                fix="reduce them by a transform of the environment",
+            )
+        total += torch.where(alive, reward.reshape(-1).double(), 0.0)
+        length += alive
+        alive = alive & ~done.reshape(-1)
+        if not alive.any():
+            break
+        td = following
+    if record:
+        seen.states.append(torch.stack(states))
+        seen.actions.append(torch.stack(actions))
+        seen.alive.append(torch.stack(alives))
+    return TensorDict({"return": total, "length": length, "finished": ~alive}, batch_size=[count])
+
+
+def _seeded_reset(env: Any, seeds: list[int]) -> TensorDictBase:
+    inner = env
+    while getattr(inner, "base_env", None) is not None:
+        inner = inner.base_env
+    vector = getattr(inner, "_env", None)
+    if env.batch_size and getattr(vector, "num_envs", None) == len(seeds):
+        return env.reset(seed=seeds)  # a gymnasium VectorEnv takes one seed for each slot
+    env.set_seed(seeds[0])
+    return env.reset()
+
+
+def _done_key(env: Any) -> NestedKey:
+    keys = [key for key in env.done_keys if join(key)[-1] == "done"]
+    if len(keys) != 1:
+        raise BadValue("the return needs one done flag for each environment", got=f"done keys {env.done_keys}")
+    return keys[0]
