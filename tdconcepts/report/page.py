@@ -21,7 +21,8 @@ class Section:
     for the short table on the terminal and at the head of the page.
 
     Examples:
-        >>> section = Section("Returns", ["Sixteen episodes."], tables=[(["policy", "return"], [["greedy", 500]], "Means")])
+        >>> table = (["policy", "return"], [["greedy", 500]], "Means")
+        >>> section = Section("Returns", ["Sixteen episodes."], tables=[table])
         >>> section.title, section.tables[0][1]
         ('Returns', [['greedy', 500]])
     """
