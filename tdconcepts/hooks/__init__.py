@@ -1,1 +1,26 @@
 """How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
+
+from tdconcepts.hooks.edits import Ablate, Add, Edit, Replace, Scale
+from tdconcepts.hooks.locate import anchor, locate
+from tdconcepts.hooks.pullback import Pullback, Pulled
+from tdconcepts.hooks.sites import Site
+from tdconcepts.hooks.stages import check_module, cut, needed, stages
+from tdconcepts.hooks.targets import Target
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Edit",
+    "Pullback",
+    "Pulled",
+    "Replace",
+    "Scale",
+    "Site",
+    "Target",
+    "anchor",
+    "check_module",
+    "cut",
+    "locate",
+    "needed",
+    "stages",
+]

@@ -1,0 +1,397 @@
+"""The only place that calls autograd: gradients of a target with respect to entries and sites, one target or many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks.batching import align, dense
+from tdconcepts.hooks.contexts import Plan, Run, Step, Stop, run_under
+from tdconcepts.hooks.leaves import pick
+from tdconcepts.hooks.locate import locate
+from tdconcepts.hooks.sites import Place, Site
+from tdconcepts.hooks.stages import check_module, needed
+from tdconcepts.hooks.targets import Target
+from tdconcepts.hooks.watch import Read, Watch, settle
+from tdconcepts.keys import NestedKey, as_key, key_text
+
+__all__ = ["Pullback", "Pulled", "Wrt", "vector_jacobian"]
+
+Wrt: TypeAlias = NestedKey | Site
+
+
+class Pulled(NamedTuple):
+    """What one pull-back gives.
+
+    ``values``: the explained numbers, ``[*B]`` or ``[*B, T]``; ``points``: where each gradient was taken, ``[*B, ...]``;
+    ``gradients``: one for each *wrt*, ``[*B, ...]`` or ``[*B, T, ...]``; ``outputs``: everything that the model wrote.
+    """
+
+    values: Tensor
+    points: list[Tensor]
+    gradients: list[Tensor]
+    outputs: TensorDictBase
+
+
+class Pullback:
+    r"""The gradient of a target with respect to entries and sites of a module: :math:`\partial y_t / \partial w`.
+
+    Bound to the module once (paths, keys and checks), called many times. Only what the target depends on is run: a
+    policy's logits are explained without sampling an action. Several targets cost one forward and one batched backward.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries (read by the module, or written between its stages) and sites, one or a list; default: all entries
+            that the module reads.
+        whole: run the whole module, because its outputs are wanted too; then ``by=`` takes what it has just written.
+
+    Raises:
+        BadType: for a bare ``nn.Module``. BadKey: for an entry or a site that does not exist.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), in_keys=["x"], out_keys=["logits"])
+        >>> pull = Pullback(net, Target("logits", 1))
+        >>> torch.equal(pull.gradients(TensorDict(x=torch.zeros(3, 4), batch_size=[3]))[0][0], net.module.weight[1])
+        True
+    """
+
+    def __init__(
+        self, module: TensorDictModuleBase, target: Target, wrt: Wrt | list[Wrt] | None = None, *, whole: bool = False
+    ) -> None:
+        self.module = check_module(module)
+        if not isinstance(target, Target):
+            raise BadType(
+                "not a Target", got=repr(target), needed="a Target", fix=f"Target({list(module.out_keys)[-1]!r}, ...)"
+            )
+        self.target = target
+        self.wrt = self._checked_wrt(wrt)
+        self._entries = [key for key in self.wrt if not isinstance(key, Site) and key in module.in_keys]
+        self._places = {w: self._one_place(w) for w in self.wrt if w not in self._entries}
+        steps = [Step(place, Watch(w)) for w, place in self._places.items()]
+        keep = [place.module for place in self._places.values()]
+        goals: list[NestedKey] = [] if isinstance(target.of, Site) else [target.of]
+        self._read = None
+        if isinstance(target.of, Site):
+            place = self._one_place(target.of)
+            self._read = Read(target.of)
+            steps.append(Step(place, self._read))
+            keep.append(place.module)
+        elif target.of not in module.out_keys:
+            raise BadKey(
+                f"the module writes no entry {key_text(target.of)} to explain",
+                got=repr(target),
+                needed=nearest(target.of, module.out_keys),
+                fix=f"Target(Site({target.of!r}), ...) for an activation inside the module",
+            )
+        self._by_output = whole and target.by is not None and target.by in module.out_keys
+        self.stages = [module] if whole else needed(module, goals, keep)
+        self._plan = Plan(module, steps)
+        self.in_keys = self._needed_keys()
+        self._ends_at_site = isinstance(target.of, Site) and not whole and len(self._plan.steps) == 1
+
+    @property
+    def names(self) -> list[str | NestedKey]:
+        """For each *wrt* the name under which its result is written: the key of an entry, the text of a site."""
+        return [w.key if isinstance(w, Site) else w for w in self.wrt]
+
+    def gradients(self, td: TensorDictBase, create_graph: bool = False) -> list[Tensor]:
+        """The gradients alone, one for each *wrt*: ``[*B, ...]``, with several targets ``[*B, T, ...]``."""
+        return self(td, create_graph=create_graph).gradients
+
+    def __call__(
+        self,
+        td: TensorDictBase,
+        points: Mapping[Wrt, Tensor] | None = None,
+        *,
+        create_graph: bool = False,
+        snapshot: bool = False,
+        held: Tensor | None = None,
+        width: int | None = None,
+    ) -> Pulled:
+        """Run the module once and pull the target back.
+
+        Args:
+            td: the module's inputs (and the ``by=`` entry), ``[*B]``; not changed.
+            points: values to put in the place of entries and sites, where the gradient is taken.
+            create_graph: keep the graph, for derivatives of the gradient; else everything returned is detached.
+            snapshot: whether the points at sites are wanted (they are copied where an in-place operation could follow).
+            held: what :meth:`hold` gave.
+            width: how many targets are pulled back at once; default: all.
+
+        Raises:
+            BadKey: an entry is missing. BadType: an integer entry is asked for gradients.
+            BadValue: nothing of the target's graph is left (the model detaches, or runs under ``no_grad``).
+        """
+        self._check_inputs(td)
+        points = points or {}
+        if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+            return self._functional(td, points, create_graph, held, width)
+        with _differentiable():
+            work = dense(td, self.in_keys)
+            leaves: dict[Wrt, Tensor] = {}
+            for key in self._entries:
+                leaves[key] = leaf = _leaf(points.get(key, work.get(key)), create_graph)
+                work.set(key, leaf)
+            run = Run(self._plan)
+            run.store["points"] = points
+            run.store["snapshot"] = snapshot
+            work = run_under(run, self._forward, work, run)
+            values, several = self._values(work, td, run, held)
+            watched = {w: run.store[w] for w in self._places}
+            inputs = [leaves[w] if w in leaves else watched[w].handle for w in self.wrt]
+            found = vector_jacobian(values, inputs, several, create_graph, width, self.target.name)
+            batch, lead = td.batch_size, td.batch_dims
+            gradients, where = [], []
+            for w, gradient in zip(self.wrt, found, strict=True):
+                point = leaves[w] if w in leaves else watched[w].value
+                gradients.append(self._shaped(w, gradient, point, values, batch, lead, several))
+                point = point if w in leaves else self._picked(w, align(settle(point, batch), batch, str(w)), lead)
+                where.append(point if create_graph else point.detach())
+        return Pulled(values if create_graph else values.detach(), where, gradients, work)
+
+    def evaluate(
+        self, td: TensorDictBase, points: Mapping[Wrt, Tensor] | None = None, held: Tensor | None = None
+    ) -> tuple[Tensor, dict[Wrt, Tensor]]:
+        """The explained numbers without a gradient, and the value at each site: one forward."""
+        self._check_inputs(td)
+        points = points or {}
+        with torch.no_grad():
+            work = dense(td, self.in_keys)
+            for key in self._entries:
+                if key in points:
+                    work.set(key, points[key])
+            run = Run(self._plan)
+            run.store["points"] = points
+            run.store["snapshot"] = True
+            run.store["shapes"] = True
+            work = run_under(run, self._forward, work, run)
+            values, _ = self._values(work, td, run, held)
+            batch = td.batch_size
+            seen = {w: align(settle(run.store[w].value, batch), batch, str(w)) for w in self._places}
+        return values, seen
+
+    def hold(self, td: TensorDictBase) -> Tensor | None:
+        """The index ``[*B]`` that a target's ``"argmax"`` chooses at ``td``; None for a target that does not move."""
+        if not self.target.moves:
+            return None
+        with torch.no_grad():
+            run = Run(self._plan)
+            run.store["points"] = {}
+            run.store["shapes"] = True
+            work = run_under(run, self._forward, dense(td, self.in_keys), run)
+            return self.target.hold(self._target_value(work, run, td), td.batch_dims)
+
+    def _forward(self, work: TensorDictBase, run: Run) -> TensorDictBase:
+        try:
+            for stage in self.stages:
+                work = stage(work)
+        except Stop:
+            pass
+        except Exception as error:
+            missing = [key for key in self.in_keys if work.get(key) is None]
+            if missing and not isinstance(error, (BadKey, BadValue, BadType)):
+                raise _missing(missing, work) from error
+            raise
+        run.check_reached()
+        return work
+
+    def _values(self, work: TensorDictBase, td: TensorDictBase, run: Run, held: Tensor | None) -> tuple[Tensor, bool]:
+        value = self._target_value(work, run, td)
+        source = td if self.target.by is not None and not self._by_output else work
+        return self.target.read(value, source, td.batch_dims, held)
+
+    def _target_value(self, work: TensorDictBase, run: Run, td: TensorDictBase) -> Tensor:
+        if self._read is None:
+            value = work.get(self.target.of)
+            if value is None:
+                raise BadKey(f"the module did not write {key_text(self.target.of)}", got=f"{list(work.keys(True, True))}")
+            return value
+        site = self.target.of
+        assert isinstance(site, Site)
+        value = align(settle(run.store[self._read.key], td.batch_size), td.batch_size, str(site))
+        return pick(value, site.index, td.batch_dims)
+
+    def _functional(
+        self, td: TensorDictBase, points: Mapping[Wrt, Tensor], create_graph: bool, held: Tensor | None, width: int | None
+    ) -> Pulled:
+        """The same by ``torch.func``: what ``torch.compile`` and the function transforms can trace."""
+        batch, lead = td.batch_size, td.batch_dims
+        several = False
+        starts: dict[Wrt, Tensor] = {key: points.get(key, td.get(key)) for key in self._entries}
+        if self._places:  # sites are differentiated by a zero that is added; this run tells its shape, and is optimised away
+            with torch.no_grad():
+                run = Run(self._plan)
+                run.store["points"], run.store["shapes"] = points, True
+                run_under(run, self._forward, dense(td, self.in_keys), run)
+                starts.update({w: torch.zeros_like(run.store[w].value) for w in self._places})
+
+        def forward(*leaves: Tensor) -> tuple[Tensor, Any]:
+            nonlocal several
+            given = dict(zip(self.wrt, leaves, strict=True))
+            work = dense(td, self.in_keys)
+            for key in self._entries:
+                work.set(key, given[key])
+            run = Run(self._plan)
+            run.store["points"] = points
+            run.store["zeros"] = {w: given[w] for w in self._places}
+            work = run_under(run, self._forward, work, run)
+            values, several = self._values(work, td, run, held)
+            wrote = {key: work.get(key) for key in work.keys(True, True)}
+            return values, (wrote, {w: run.store[w].value for w in self._places})
+
+        with torch.enable_grad():
+            leaves = [starts[w] if create_graph else starts[w].detach() for w in self.wrt]
+            values, pull, (wrote, seen) = torch.func.vjp(forward, *leaves, has_aux=True)
+            if several:
+                found = [g.movedim(0, lead) for g in torch.vmap(pull, chunk_size=width)(_seeds(values))]
+            else:
+                found = list(pull(torch.ones_like(values)))
+        points_at = [starts[w] if w in self._entries else self._picked(w, align(seen[w], batch, str(w)), lead) for w in self.wrt]
+        gradients = [self._picked(w, g, lead + several) for w, g in zip(self.wrt, found, strict=True)]
+        outputs = dense(td, [])
+        for key, value in wrote.items():
+            outputs.set(key, value if create_graph else value.detach())
+        if not create_graph:
+            gradients, points_at = [g.detach() for g in gradients], [p.detach() for p in points_at]
+        return Pulled(values if create_graph else values.detach(), points_at, gradients, outputs)
+
+    def _shaped(
+        self,
+        w: Wrt,
+        gradient: Tensor | None,
+        point: Tensor,
+        values: Tensor,
+        batch: torch.Size,
+        lead: int,
+        several: bool,
+    ) -> Tensor:
+        """A raw gradient ``[T?, ...]`` in its final shape ``[*B, T?, ...]``; zeros where the target does not depend on it."""
+        if gradient is None:
+            shape = point.shape if not several else (values.shape[-1], *point.shape)
+            gradient = torch.zeros(shape, dtype=point.dtype, device=point.device)
+        if w in self._places:
+            gradient = settle(gradient, batch) if not several else gradient
+            gradient = torch.stack([align(g, batch, str(w)) for g in gradient]) if several else align(gradient, batch, str(w))
+        if several:
+            gradient = gradient.movedim(0, lead)
+        return self._picked(w, gradient, lead + several)
+
+    def _picked(self, w: Wrt, value: Tensor, lead: int) -> Tensor:
+        return pick(value, w.index, lead) if isinstance(w, Site) else value
+
+    def _checked_wrt(self, wrt: Wrt | list[Wrt] | None) -> tuple[Wrt, ...]:
+        given: Sequence[Wrt] = list(self.module.in_keys) if wrt is None else wrt if isinstance(wrt, list) else [wrt]
+        checked = tuple(w if isinstance(w, Site) else as_key(w) for w in given)
+        if not checked or len(set(map(str, checked))) != len(checked):
+            raise BadValue("nothing to explain by, or the same twice", got=f"wrt={list(given)}", needed="entries and sites")
+        return checked
+
+    def _one_place(self, what: Wrt) -> Place:
+        found = locate(self.module, what)
+        if len(found) > 1 or found[0].call == "all":
+            names = [place.name for place in found]
+            raise BadValue(
+                f"{what!r} names several places", got=f"{names[:6]}", needed="one", fix="a list of sites, each with one call"
+            )
+        return found[0]
+
+    def _needed_keys(self) -> list[NestedKey]:
+        written: set[NestedKey] = set()
+        keys: list[NestedKey] = []
+        for stage in self.stages:
+            keys += [key for key in stage.in_keys if key not in written and key not in keys]
+            written.update(stage.out_keys)
+        keys += [key for key in self._entries if key not in keys]
+        if self.target.by is not None and not self._by_output and self.target.by not in keys:
+            keys.append(self.target.by)
+        return keys
+
+    def _check_inputs(self, td: TensorDictBase) -> None:
+        for key in self._entries if self.target.by is None or self._by_output else [*self._entries, self.target.by]:
+            value = td.get(key)
+            if value is None:
+                raise _missing([key], td)
+            if key != self.target.by and not value.is_floating_point():
+                raise BadType(
+                    f"the entry {key_text(key)} has no gradient",
+                    got=f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}",
+                    needed="a floating-point entry",
+                    fix='name others by wrt=["..."], or the site where it becomes a float: wrt=Site("embedding")',
+                )
+
+
+def vector_jacobian(
+    values: Tensor, inputs: Sequence[Any], several: bool, create_graph: bool, width: int | None, name: str
+) -> list[Tensor | None]:
+    """Gradients of ``values`` (``[*B]``, or ``[*B, T]``: then with T in front) with respect to tensors or graph edges.
+
+    Raises:
+        BadValue: when ``values`` has no graph.
+    """
+    if not values.requires_grad:
+        raise BadValue(
+            f"no gradient reaches the target {name}",
+            got="a value without a graph",
+            needed="a target that depends on what is explained",
+            fix="the model detaches it or computes it under no_grad, or nothing that is explained matters for it",
+        )
+    if not several:
+        seed = torch.ones_like(values)
+        return list(torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True))
+    seeds = _seeds(values)
+    step = max(1, width or len(seeds))
+    parts = []
+    for start in range(0, len(seeds), step):
+        keep = create_graph or start + step < len(seeds)
+        parts.append(
+            torch.autograd.grad(
+                values,
+                inputs,
+                seeds[start : start + step],
+                retain_graph=keep,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        )
+    return [None if piece[0] is None else torch.cat(piece) if len(piece) > 1 else piece[0] for piece in zip(*parts, strict=True)]
+
+
+def _seeds(values: Tensor) -> Tensor:
+    """``[T, *B, T]``: for each target a one in its own column."""
+    count = values.shape[-1]
+    eye = torch.eye(count, dtype=values.dtype, device=values.device)
+    return eye.view(count, *[1] * (values.ndim - 1), count).expand(count, *values.shape)
+
+
+def _leaf(value: Tensor, create_graph: bool) -> Tensor:
+    if create_graph and value.requires_grad:
+        return value
+    return (value.clone() if value.is_inference() else value.detach()).requires_grad_()
+
+
+def _missing(keys: list[NestedKey], td: TensorDictBase) -> BadKey:
+    have = list(td.keys(True, True))
+    shown = ", ".join(map(key_text, keys))
+    return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=nearest(keys[0], have))
+
+
+@contextlib.contextmanager
+def _differentiable() -> Any:
+    """Gradient mode on, whatever the caller is in: collectors run under ``no_grad``, some under ``inference_mode``."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    else:
+        with torch.enable_grad():
+            yield

@@ -1,0 +1,141 @@
+"""The stages of a pipeline: flatten a TensorDictSequential, cut it at a key, keep what an output needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
+from torch import nn
+
+from tdconcepts.errors import BadKey, BadType, nearest
+from tdconcepts.keys import NestedKey, as_key, key_text
+
+__all__ = ["check_module", "cut", "needed", "stages", "writer"]
+
+
+def check_module(module: object, what: str = "module") -> TensorDictModuleBase:
+    """Return ``module`` if it is a TensorDictModule, else raise with the line to write.
+
+    Raises:
+        BadType: for a bare ``nn.Module`` or anything else without ``in_keys`` and ``out_keys``.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(nn.Linear(4, 2), in_keys=["observation"], out_keys=["logits"])
+        >>> check_module(net) is net
+        True
+    """
+    if isinstance(module, TensorDictModuleBase):
+        return module
+    kind = f"a bare {type(module).__name__}" if isinstance(module, nn.Module) else f"{type(module).__name__}"
+    raise BadType(
+        f"{what} is not a TensorDictModule",
+        got=kind,
+        needed="a TensorDictModuleBase with in_keys and out_keys",
+        fix='TensorDictModule(module, in_keys=["observation"], out_keys=["logits"])',
+    )
+
+
+def stages(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """The modules of a pipeline in the order in which they run, nested sequentials flattened.
+
+    Running them one after the other on a TensorDict is the same as running ``module``. What has a ``forward`` of its own
+    is one stage, a probabilistic sequential (whose last stage is run with care for log-probabilities) among them.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> body = TensorDictSequential(Mod(nn.Linear(4, 3), ["x"], ["h"]), Mod(nn.Tanh(), ["h"], ["z"]))
+        >>> [m.out_keys for m in stages(TensorDictSequential(body, Mod(nn.Linear(3, 2), ["z"], ["logits"])))]
+        [['h'], ['z'], ['logits']]
+    """
+    return [stage for child in _children(module) for stage in stages(child)] or [module]
+
+
+def cut(module: TensorDictModuleBase, key: NestedKey) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
+    """The stages up to and including the last one that writes ``key``, and the stages after it.
+
+    Raises:
+        BadKey: when no stage writes ``key``, with the keys that can be cut at.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> model = TensorDictSequential(Mod(nn.Linear(4, 3), ["x"], ["h"]), Mod(nn.Linear(3, 2), ["h"], ["y"]))
+        >>> [len(part) for part in cut(model, "h")]
+        [1, 1]
+    """
+    key, found = as_key(key), _opened(module)
+    last = _last_writer(found, key)
+    if last is None:
+        raise BadKey(
+            f"no stage of the model writes {key_text(key)}",
+            got=f"stages that write {[k for stage in found for k in stage.out_keys]}",
+            needed="a key that the model writes between two stages",
+            fix=nearest(key, [k for stage in found for k in stage.out_keys]),
+        )
+    return found[: last + 1], found[last + 1 :]
+
+
+def writer(module: TensorDictModuleBase, key: NestedKey) -> TensorDictModuleBase | None:
+    """The last stage that writes ``key``, or None; the stages of a probabilistic sequential are looked at as well."""
+    found = _opened(module)
+    last = _last_writer(found, as_key(key))
+    return None if last is None else found[last]
+
+
+def needed(module: TensorDictModuleBase, outputs: Iterable[NestedKey], keep: Sequence[nn.Module] = ()) -> list[TensorDictModuleBase]:
+    """The stages that ``outputs`` depend on, in order: a policy's logits are explained without sampling an action.
+
+    Args:
+        module: the pipeline.
+        outputs: entries that are wanted.
+        keep: modules that must run in any case; the stages that hold them stay, and so does what these need.
+
+    Returns:
+        The stages to run, or ``[module]`` where the whole is needed or where it can't be taken apart.
+    """
+    whole = stages(module)
+    opened = _opened(module)
+    wanted = {as_key(key) for key in outputs}
+    kept: list[TensorDictModuleBase] = []
+    inside = [set(stage.modules()) for stage in opened] if keep else []
+    for position in range(len(opened) - 1, -1, -1):
+        stage = opened[position]
+        if wanted.isdisjoint(stage.out_keys) and not any(module in inside[position] for module in keep):
+            continue
+        wanted.difference_update(key for key in stage.out_keys if key not in stage.in_keys)
+        wanted.update(stage.in_keys)
+        kept.append(stage)
+    kept.reverse()
+    skips_tail = len(whole) < len(opened) and opened[-1] not in kept
+    return kept if len(whole) == len(opened) or skips_tail else [module]
+
+
+def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | None:
+    return next((i for i in range(len(found) - 1, -1, -1) if key in found[i].out_keys), None)
+
+
+def _children(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """The direct stages of a plain sequential; none for a module with a forward, a tolerance or selected keys of its own."""
+    plain = type(module).forward is TensorDictSequential.forward and not getattr(module, "partial_tolerant", False)
+    if not plain or getattr(module, "_select_before_return", False) or _is_watched(module):
+        return []
+    return _listed(module)
+
+
+def _listed(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    held = module.module
+    children = list(held.values()) if isinstance(held, nn.ModuleDict) else list(held)
+    return children if all(isinstance(child, TensorDictModuleBase) for child in children) else []
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody hangs hooks on the container itself, which running its stages would pass by."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _opened(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """As :func:`stages`, with a probabilistic sequential (the outermost one) opened too: its stages can be cut between."""
+    probabilistic = type(module).forward is ProbabilisticTensorDictSequential.forward
+    if probabilistic and not _is_watched(module):
+        return [stage for child in _listed(module) for stage in stages(child)] or [module]
+    return stages(module)

@@ -1,0 +1,120 @@
+"""What a step does at a place that is read: record the value, and where a gradient can be taken from it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.compiler import is_compiling
+
+from tdconcepts.errors import BadValue
+from tdconcepts.hooks.contexts import Run
+
+__all__ = ["Read", "Record", "Seen", "Watch", "settle"]
+
+
+class Seen(NamedTuple):
+    """A value that was recorded, its version at that time (None for a copy), and what autograd takes as an input."""
+
+    value: Tensor
+    version: int | None = None
+    handle: Any = None
+
+
+class Read:
+    """Record a value as it is, for a target: with its graph. In-place operations later don't change what was read."""
+
+    def __init__(self, key: object) -> None:
+        self.key = ("target", key)
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        run.store[self.key] = value.clone()
+        return value
+
+
+class Watch:
+    """Record where the gradient with respect to a site can be taken, and put a given point in its place.
+
+    The graph's *edge* is kept, not the tensor, so an in-place ReLU that follows changes nothing. A value without a graph
+    becomes a leaf that requires grad.
+    """
+
+    def __init__(self, key: object) -> None:
+        self.key = key
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        store, given = run.store, run.store["points"].get(self.key)
+        if given is not None:
+            value = given.reshape(value.shape).to(value.dtype)
+        if "zeros" in store:
+            moved = value + store["zeros"][self.key]
+            store[self.key] = Seen(moved)
+            return moved
+        if store.get("shapes"):
+            store[self.key] = Seen(value.clone())
+            return value
+        base = unwrapped(value)
+        if base.requires_grad and given is None:
+            kept = base.detach().clone() if store.get("snapshot") else base.detach()
+            store[self.key] = Seen(kept, handle=get_gradient_edge(base))
+            return value
+        if base is not value:
+            raise BadValue(
+                f"the site {self.key} runs inside vmap and has no graph",
+                needed="parameters that require grad, or an input that is explained",
+            )
+        leaf = value.detach().requires_grad_() if not value.is_inference() else value.clone().requires_grad_()
+        store[self.key] = Seen(leaf, handle=leaf)
+        return leaf.clone()  # a leaf that requires grad must not be changed in place
+
+
+class Record:
+    """Record a value for a capture: without a copy where its version can be checked at the end."""
+
+    def __init__(self, key: object, keep: int | None, clone: bool, detach: bool) -> None:
+        self.key, self.keep, self.clone, self.detach = key, keep, clone, detach
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        copied = self.clone or is_compiling() or value.is_inference()
+        kept = value.clone() if copied else value
+        seen = Seen(kept.detach() if self.detach else kept, None if copied else value._version)
+        if self.keep is None:
+            run.store[self.key] = [*run.store.get(self.key, ()), seen]
+        else:
+            run.store[self.key] = [*run.store.get(self.key, ())[1 - self.keep :], seen] if self.keep > 1 else [seen]
+        return value
+
+
+def check_version(seen: Seen, name: str) -> Tensor:
+    """The recorded value, if nothing has overwritten it since.
+
+    Raises:
+        BadValue: when an in-place operation followed.
+    """
+    if seen.version is not None and seen.value._version != seen.version:
+        raise BadValue(
+            f"the value captured at {name!r} was overwritten by an in-place operation after it",
+            needed="a copy",
+            fix=f"capture(model, {name!r}, clone=True)",
+        )
+    return seen.value
+
+
+def unwrapped(value: Tensor) -> Tensor:
+    """The real tensor under a batched one of a ``vmap`` inside the model, with the mapped dim where vmap keeps it."""
+    functorch = torch._C._functorch
+    return functorch.get_unwrapped(value) if not is_compiling() and functorch.is_batchedtensor(value) else value
+
+
+def settle(value: Tensor, batch: torch.Size) -> Tensor:
+    """A value that left a ``vmap`` inside the model, with the mapped dim right after the batch dims."""
+    functorch = torch._C._functorch
+    if is_compiling() or not functorch.is_batchedtensor(value):
+        return value
+    level = functorch.maybe_get_level(value)
+    if functorch.maybe_current_level() is not None and level <= functorch.maybe_current_level():
+        return value  # the caller's own vmap
+    mapped = functorch.maybe_get_bdim(value)
+    return functorch.get_unwrapped(value).movedim(mapped, len(batch))
