@@ -1,5 +1,6 @@
-"""Figures and pages: what was measured, as one self-contained file."""
+"""Figures and pages: what was measured, as one self-contained file. Drawing needs the extra ``report``."""
 
-from tdconcepts.report.page import Section
+from tdconcepts.report.figures import interval_plot, intervention_curve, over_time
+from tdconcepts.report.page import Section, page, write_page
 
-__all__ = ["Section"]
+__all__ = ["Section", "interval_plot", "intervention_curve", "over_time", "page", "write_page"]

@@ -1,0 +1,219 @@
+"""Figures as values: each function draws one and returns it; colours that a colour-blind reader can tell apart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tdconcepts.errors import BadValue, import_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "Series", "interval_plot", "intervention_curve", "new_figure", "over_time", "to_png", "to_svg"]
+
+Series: TypeAlias = Sequence[float] | Tensor
+
+# Okabe and Ito's palette without its yellow, which is too light for lines on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
+STYLE: dict[str, Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.labelsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.6,
+    "svg.hashsalt": "tdconcepts",
+}
+
+
+def new_figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (7.0, 4.0), **kwargs: Any) -> Any:
+    """An empty figure of this room's style and its axes ``[rows, columns]`` (always a 2-d array); never a window.
+
+    Args:
+        rows, columns: of axes.
+        size: width and height in inches.
+        kwargs: of ``Figure.subplots``.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    matplotlib = import_extra("matplotlib", "report")
+    with matplotlib.rc_context(STYLE):
+        figure = import_extra("matplotlib.figure", "report").Figure(figsize=size, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def intervention_curve(
+    curves: Mapping[str, tuple[Series, Series] | tuple[Series, Series, Series, Series]],
+    *,
+    xlabel: str = "concepts corrected",
+    ylabel: str = "task accuracy",
+    title: str = "",
+) -> Figure:
+    """One line for each policy over the number of interventions, with its interval as a band where there is one.
+
+    Args:
+        curves: name -> ``(x, mean)`` or ``(x, mean, low, high)``.
+        xlabel, ylabel, title: texts.
+
+    Raises:
+        BadValue: no curves, or one whose sequences differ in length. MissingExtra: matplotlib is not installed.
+    """
+    _need_some(curves, "curves")
+    figure, ((axes,),) = new_figure(size=(7.0, 4.2))
+    for number, (name, curve) in enumerate(curves.items()):
+        x, mean, *band = (_values(part) for part in curve)
+        if any(len(part) != len(x) for part in (mean, *band)) or len(band) not in (0, 2):
+            raise BadValue(f"the curve {name!r} is none", got=f"{[len(part) for part in (x, mean, *band)]} points")
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(x, mean, color=colour, marker=MARKERS[number % 7], markersize=5, ls=DASHES[number % 7], label=name)
+        if band:
+            axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _whole_numbers(axes, [_values(curve[0]) for curve in curves.values()])
+    axes.legend()
+    return figure
+
+
+def over_time(
+    rows: Sequence[str],
+    columns: Mapping[str, Mapping[str, Tensor | tuple[Tensor, Tensor]]],
+    *,
+    xlabel: str = "step",
+    title: str = "",
+) -> Figure:
+    """A grid of time series: one row for each feature, one column for each quantity, one line for each series.
+
+    States and what explains them stand side by side, over the same steps.
+
+    Args:
+        rows: the features' names, with their units; F of them.
+        columns: title -> {series name -> ``[T, F]``, or a pair (``[T, F]``, half width of a band ``[T, F]``)}.
+        xlabel, title: texts.
+
+    Raises:
+        BadValue: nothing to draw, or a series that isn't ``[T, F]``. MissingExtra: matplotlib is not installed.
+    """
+    _need_some(rows, "rows")
+    _need_some(columns, "columns")
+    size = (3.6 * len(columns) + 0.6, 1.55 * len(rows) + 1.0)
+    figure, grid = new_figure(len(rows), len(columns), size=size, sharex=True)
+    if title:
+        figure.suptitle(title)
+    for column, (heading, series) in enumerate(columns.items()):
+        for number, (name, given) in enumerate(series.items()):
+            value, band = (t.detach().cpu() if t is not None else None for t in _pair(given))
+            if value is None or value.ndim != 2 or value.shape[1] != len(rows) or _differs(value, band):
+                raise BadValue(f"the series {name!r} does not fit", got=_shape(value), needed=f"[T, {len(rows)}]")
+            colour = COLOURS[(number + (column > 0)) % len(COLOURS)]
+            for row, axes in enumerate(grid[:, column]):
+                y = value[:, row].numpy()
+                axes.plot(range(len(y)), y, color=colour, ls=DASHES[number % 7], lw=1.3, label=name)
+                if band is not None:
+                    half = band[:, row].numpy()
+                    axes.fill_between(range(len(y)), y - half, y + half, color=colour, alpha=0.2, linewidth=0)
+        grid[0, column].set_title(heading)
+        grid[-1, column].set_xlabel(xlabel)
+        if any(series):
+            handles, labels = grid[0, column].get_legend_handles_labels()
+            grid[-1, column].legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=2)
+    for row, name in enumerate(rows):
+        grid[row, 0].set_ylabel(name)
+        for axes in grid[row]:
+            axes.axhline(0.0, color="#888888", linewidth=0.8, zorder=0)
+    figure.align_ylabels(list(grid[:, 0]))
+    return figure
+
+
+def interval_plot(
+    means: Mapping[str, tuple[float, float, float]],
+    points: Mapping[str, Series] | None = None,
+    *,
+    xlabel: str,
+    title: str = "",
+    reference: float | None = None,
+) -> Figure:
+    """Means as dots with their confidence intervals, one line of the plot for each; single values as faint marks.
+
+    Args:
+        means: name -> (mean, low, high); from top to bottom.
+        points: name -> single values (one for each seed), drawn behind.
+        xlabel, title: texts.
+        reference: where a dashed line marks the baseline.
+
+    Raises:
+        BadValue: no means. MissingExtra: matplotlib is not installed.
+    """
+    _need_some(means, "means")
+    figure, ((axes,),) = new_figure(size=(7.0, 0.42 * len(means) + 1.5))
+    if reference is not None:
+        axes.axvline(reference, color="#555555", linewidth=1.0, linestyle="--", zorder=0)
+    for number, (name, (mean, low, high)) in enumerate(means.items()):
+        single = _values((points or {}).get(name, ()))
+        if single:
+            spread = (torch.arange(len(single)) * 0.618034) % 1.0 * 0.44 - 0.22  # a fixed scatter, not a random one
+            axes.scatter(single, number + spread.numpy(), s=9, color="#999999", alpha=0.5, linewidth=0, zorder=1)
+        axes.plot([low, high], [number, number], color=COLOURS[0], linewidth=3.0, solid_capstyle="round", zorder=2)
+        axes.plot([mean], [number], marker="o", markersize=8, color=COLOURS[1], markeredgecolor="white", zorder=3)
+    axes.set_yticks(range(len(means)), list(means))
+    axes.set_ylim(len(means) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=xlabel, title=title)
+    return figure
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as the text of an SVG file, the same for the same figure (no date inside)."""
+    matplotlib, buffer = import_extra("matplotlib", "report"), io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def to_png(figure: Figure, dpi: float = 110.0) -> bytes:
+    """The figure as a PNG file; ``dpi`` in dots per inch."""
+    matplotlib, buffer = import_extra("matplotlib", "report"), io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _values(part: Series) -> list[float]:
+    return [float(value) for value in part]
+
+
+def _pair(given: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return given if isinstance(given, tuple) else (given, None)
+
+
+def _differs(value: Tensor, band: Tensor | None) -> bool:
+    return band is not None and band.shape != value.shape
+
+
+def _shape(value: Tensor | None) -> str:
+    return "nothing" if value is None else f"shape {list(value.shape)}"
+
+
+def _need_some(given: Mapping[str, object] | Sequence[object], what: str) -> None:
+    if not len(given):
+        raise BadValue("nothing to draw", got=f"no {what}", needed="one or more")
+
+
+def _whole_numbers(axes: Axes, xs: list[list[float]]) -> None:
+    """Ticks at every x where all are small whole numbers: there is no half a concept."""
+    seen = sorted({x for part in xs for x in part})
+    if len(seen) <= 20 and all(x == int(x) for x in seen):
+        axes.set_xticks(seen)
