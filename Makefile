@@ -50,7 +50,7 @@ docs: $(VENV)/dev.done
 	@echo "docs/_build/html/index.html"
 
 clean:
-	rm -rf $(VENV) $(NEXT) build dist docs/_build docs/api .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(NEXT) build dist docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -rf demo-report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

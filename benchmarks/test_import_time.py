@@ -1,0 +1,32 @@
+"""What `import tdconcepts` costs on top of torch and tensordict, in a fresh process (the aim: less than 0.3 s)."""
+
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import time
+t0 = time.perf_counter()
+import torch, tensordict, tensordict.nn
+t1 = time.perf_counter()
+import tdconcepts
+print(t1 - t0, time.perf_counter() - t1)
+"""
+
+
+def run_once() -> tuple[float, float]:
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    below, ours = map(float, done.stdout.split())
+    return below, ours
+
+
+@pytest.mark.benchmark(group="import")
+def test_import_time(benchmark):
+    run_once()  # compiles the .pyc files
+    runs = [run_once() for _ in range(5)]
+    below, ours = (statistics.median(column) for column in zip(*runs, strict=True))
+    benchmark.extra_info.update(tdconcepts_s=round(ours, 3), torch_and_tensordict_s=round(below, 3))
+    benchmark.pedantic(run_once, rounds=1)
+    print(f"\nimport tdconcepts: {ours:.3f} s on top of {below:.2f} s for torch + tensordict ({ours / below:.3f})")

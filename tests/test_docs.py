@@ -1,0 +1,133 @@
+"""Every python block of README.md and docs/*.md runs, file by file, top to bottom, in one namespace.
+
+What a block prints is compared with the ```` ```output ```` block that follows it, where there is one (``...`` stands
+for anything, as in doctests). A block that can't run anywhere is marked ```` ```python no-run ````.
+"""
+
+import contextlib
+import doctest
+import io
+import pkgutil
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import tdconcepts
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")] if path.is_file())
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>`{3,}) *(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S
+)
+OPTIONAL = {"gymnasium", "jinja2", "matplotlib", "optuna", "ray", "sklearn", "torchrl", "tqdm", "transformers"}
+
+
+class Block(NamedTuple):
+    line: int  # of the first line of code
+    code: str
+    output: str | None
+
+
+def blocks(text: str) -> list[Block]:
+    found: list[Block] = []
+    for match in FENCE.finditer(text):
+        info, body = match["info"].split(), re.sub(f"^{match['indent']}", "", match["body"], flags=re.M)
+        if info[:1] == ["python"] and "no-run" not in info:
+            found.append(Block(text[: match.start("body")].count("\n") + 1, body, None))
+        elif info[:1] == ["output"]:
+            assert found, "an output block follows the python block that prints it"
+            assert found[-1].output is None, "one output block for each python block"
+            found[-1] = found[-1]._replace(output=body)
+    return found
+
+
+def run(text: str, name: str) -> None:
+    module = sys.modules["page"] = ModuleType("page")  # so that classes of a page can be pickled, dataclasses made
+    try:
+        for block in blocks(text):
+            code = compile("\n" * (block.line - 1) + block.code, name, "exec", dont_inherit=True)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(code, vars(module))
+            check_output(block, printed.getvalue(), name)
+    finally:
+        del sys.modules["page"]
+
+
+def check_output(block: Block, printed: str, name: str) -> None:
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    checker = doctest.OutputChecker()
+    if block.output is not None and not checker.check_output(block.output, printed, options):
+        difference = checker.output_difference(doctest.Example("", block.output), printed, options)
+        pytest.fail(f"{name}, line {block.line}: {difference}", pytrace=False)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_page(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what a page writes stays here
+    try:
+        run(path.read_text(encoding="utf-8"), str(path))
+    except ImportError as error:
+        missing = str((error.__cause__ or error).name or "").partition(".")[0]
+        if missing not in OPTIONAL:
+            raise
+        pytest.skip(f"the page needs {missing}, which is not installed")
+
+
+def test_the_api_page_has_every_room():
+    rooms = {m.name for m in pkgutil.iter_modules(tdconcepts.__path__)} - {"__main__", "demo"}
+    shown = re.findall(r"automodule:: tdconcepts\.(\w+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(rooms)
+
+
+PAGE = """
+# A page
+
+```python
+x = 1
+print("one", x / 3)
+```
+
+Prints:
+
+```output
+one 0.33...
+```
+
+```bash
+exit 1
+```
+
+```python no-run
+1 / 0
+```
+
+* In a list:
+
+  ```python
+  assert x == 1
+  ```
+"""
+
+
+def test_blocks_are_found_with_their_lines():
+    assert [(block.line, block.output) for block in blocks(PAGE)] == [(5, "one 0.33...\n"), (26, None)]
+    assert blocks(PAGE)[1].code == "assert x == 1\n"
+
+
+def test_a_good_page_passes():
+    run(PAGE, "page.md")
+
+
+def test_another_output_fails():
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md, line 5"):
+        run(PAGE.replace("one 0.33", "two 0.33"), "page.md")
+
+
+def test_an_error_names_the_line_of_the_page():
+    with pytest.raises(AssertionError) as caught:
+        run(PAGE.replace("x == 1\n", "x == 2\n"), "page.md")
+    assert (str(caught.traceback[-1].path), caught.traceback[-1].lineno + 1) == ("page.md", 26)
