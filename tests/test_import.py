@@ -41,7 +41,7 @@ def look():
         "pytrees": len(torch.utils._pytree.SUPPORTED_NODES),
         "dynamo": repr(torch._dynamo.config.get_config_copy()),
         "interaction type": str(tensordict.nn.probabilistic.interaction_type()),
-        "logging": [[l.name, l.level, repr(l.handlers), repr(l.filters)] for l in loggers if "tdconcepts" not in l.name],
+        "logging": [[l.name, l.level, repr(l.handlers)] for l in loggers if "tdconcepts" not in l.name],
         "environment": dict(os.environ),
         "path": [list(sys.path), repr(sys.meta_path), repr(sys.path_hooks)],
         "hooks of the interpreter": [repr(sys.excepthook), repr(sys.displayhook), atexit._ncallbacks()],
