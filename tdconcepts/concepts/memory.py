@@ -1,0 +1,149 @@
+"""Memory selection: each concept's embedding is picked from a learnable bank of slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from torch import Tensor, nn
+
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.keys import NestedKey, as_key, key_text
+
+__all__ = ["MemorySelector", "SelectorZU"]
+
+Selection = Literal["soft", "gumbel", "argmax"]
+
+
+class MemorySelector(TensorDictModuleBase):
+    """For each of T outputs, attend over M memory slots and read an embedding of width E from them.
+
+    ``a = selector(x)  [*B, T, M]``, ``out[*b, t] = Σ_m w[*b, t, m] memory[t, m]``, ``memory [T, M, E]`` learnable, with
+
+    * ``"soft"``: ``w = softmax(a / temperature)`` over the *memory* axis: the weights of each output sum to one;
+    * ``"gumbel"``: one slot drawn from ``softmax(a)`` by the Gumbel-max trick, one-hot in the forward pass, with the
+      gradient of ``softmax((a + g) / temperature)`` (straight-through);
+    * ``"argmax"``: the slot with the largest ``a``, one-hot, with the gradient of the soft weights.
+
+    =======  =====================================  ====================================
+    reads    ``"latent"``                           ``[*B, in_features]``
+    writes   ``"exogenous"``                        ``[*B, out_features, exogenous_size]``
+    =======  =====================================  ====================================
+
+    ``SelectorZU`` is another name of this class, PyC's. PyC's own attends over the output axis instead, so that with
+    one output the result does not depend on the input.
+
+    Args:
+        in_features: width of the latent.
+        memory_size: number of slots, M.
+        exogenous_size: width of an embedding, E.
+        out_features: number of outputs (concepts, tasks), T.
+        temperature: of the softmax, above 0; small is sharp.
+        selection: ``"soft"`` (default), ``"gumbel"`` or ``"argmax"``; or a ``torch.Generator``, which is ``"gumbel"``
+            drawing from it and not from the global one. The attribute ``selection`` may be changed later.
+        keys: the entry to read and the entry to write, default ``{"latent": "exogenous"}``.
+
+    Raises:
+        BadValue: for a size below 1, a temperature that is not above 0, or a latent of another width.
+        BadKey: when the latent is missing.
+
+    Source: Debot et al., Interpretable Concept-Based Memory Reasoning, NeurIPS 2024 (the rule selector, p(r | x)).
+
+    Examples:
+        >>> selector = SelectorZU(in_features=64, memory_size=10, exogenous_size=32, out_features=5)
+        >>> selector(latent=torch.randn(4, 64)).shape
+        torch.Size([4, 5, 32])
+        >>> bool((selector.weights(torch.randn(4, 64)).sum(-1) - 1).abs().max() < 1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        memory_size: int,
+        exogenous_size: int,
+        out_features: int,
+        temperature: float = 1.0,
+        selection: Selection | torch.Generator = "soft",
+        keys: Mapping[NestedKey, NestedKey] | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_features": in_features, "memory_size": memory_size}
+        sizes |= {"exogenous_size": exogenous_size, "out_features": out_features}
+        wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+        if wrong:
+            raise BadValue("not a size", got=repr(wrong), needed="ints of 1 or more")
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise BadValue("not a temperature", got=repr(temperature), needed="a number above 0")
+        pairs = list((keys or {"latent": "exogenous"}).items())
+        if len(pairs) != 1:
+            raise BadValue("a selector has one entry to read and one to write", got=repr(keys), needed="one pair")
+        self.in_features, self.memory_size = in_features, memory_size
+        self.exogenous_size, self.out_features = exogenous_size, out_features
+        self.temperature = float(temperature)
+        self.selection = selection
+        self._keys = (as_key(pairs[0][0]), as_key(pairs[0][1]))
+        self.in_keys, self.out_keys = [self._keys[0]], [self._keys[1]]
+        self.memory = nn.Embedding(out_features, memory_size * exogenous_size)
+        self.selector = nn.Sequential(
+            nn.Linear(in_features, exogenous_size),
+            nn.LeakyReLU(),
+            nn.Linear(exogenous_size, out_features * memory_size),
+            nn.Unflatten(-1, (out_features, memory_size)),
+        )
+
+    @property
+    def selection(self) -> Selection | torch.Generator:
+        """``"soft"``, ``"gumbel"``, ``"argmax"``, or the generator that Gumbel noise comes from."""
+        return self._selection
+
+    @selection.setter
+    def selection(self, value: Selection | torch.Generator) -> None:
+        if value not in ("soft", "gumbel", "argmax") and not isinstance(value, torch.Generator):
+            raise BadValue("not a selection", got=repr(value), needed='"soft", "gumbel", "argmax" or a torch.Generator')
+        self._selection = value
+
+    def weights(self, latent: Tensor) -> Tensor:
+        """The weight of each slot, ``[*B, in_features] -> [*B, T, M]``; each row over M sums to one."""
+        scores = self.selector(latent)
+        if self._selection == "soft":
+            return (scores / self.temperature).softmax(-1)
+        if self._selection == "argmax":
+            soft = (scores / self.temperature).softmax(-1)
+        else:
+            generator = self._selection if isinstance(self._selection, torch.Generator) else None
+            noise = torch.empty_like(scores, memory_format=torch.contiguous_format).exponential_(generator=generator)
+            soft = ((scores - noise.log()) / self.temperature).softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), self.memory_size).to(soft.dtype)
+        return hard + (soft - soft.detach())
+
+    @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        in_key, out_key = self._keys
+        latent = tensordict.get(in_key, None)
+        if not isinstance(latent, Tensor):
+            have = list(tensordict.keys(True, True))
+            raise BadKey("no latent in the TensorDict", got=key_text(in_key), needed=nearest(in_key, have))
+        if latent.shape[-1:] != (self.in_features,):
+            raise BadValue("the latent has another width", got=list(latent.shape), needed=f"[*B, {self.in_features}]")
+        if not latent.is_floating_point():
+            raise BadType("the latent is not a float tensor", got=str(latent.dtype), fix=f"td[{in_key!r}].float()")
+        if tensordict.is_locked:
+            raise BadValue("the TensorDict is locked", got=f"{key_text(out_key)} to write", fix="pass td.copy()")
+        memory = self.memory.weight.unflatten(-1, (self.memory_size, self.exogenous_size))
+        return tensordict.set(out_key, torch.einsum("...tm,tme->...te", self.weights(latent), memory))
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, memory_size={self.memory_size}, exogenous_size={self.exogenous_size}, "
+            f"out_features={self.out_features}, temperature={self.temperature}"
+        )
+
+
+SelectorZU = MemorySelector
