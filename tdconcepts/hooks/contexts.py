@@ -13,8 +13,9 @@ from torch.compiler import is_compiling
 from tdconcepts.errors import BadValue, TdConceptsError
 from tdconcepts.hooks.leaves import get_leaf, set_leaf
 from tdconcepts.hooks.sites import Place, is_compiled
+from tdconcepts.keys import NestedKey
 
-__all__ = ["Plan", "Run", "Step", "Stop", "enter", "leave", "outside", "run_under"]
+__all__ = ["Bound", "Plan", "Run", "Step", "Stop", "enter", "leave", "outside", "run_under"]
 
 
 class Stop(BaseException):
@@ -31,6 +32,24 @@ class Step(NamedTuple):
     place: Place
     act: Callable[[Tensor, Run], Tensor]
     every: bool = False
+
+
+class Bound(NamedTuple):
+    """What a program comes to on one module.
+
+    ``steps``: what happens at which place; ``in_keys`` / ``out_keys``: what it reads and writes besides the module's own;
+    ``edit_inputs(td)``: changes entries that the module reads; ``finish(run, td)``: writes results at the end; ``pull``: a
+    target and the places that it is pulled back to; ``stop``: the forward ends after the last place, and the module's
+    outputs are not written.
+    """
+
+    steps: tuple[Step, ...] = ()
+    in_keys: tuple[NestedKey, ...] = ()
+    out_keys: tuple[NestedKey, ...] = ()
+    edit_inputs: Callable[[TensorDictBase], None] | None = None
+    finish: Callable[[Run, TensorDictBase], None] | None = None
+    pull: tuple[Any, tuple[Place, ...]] | None = None
+    stop: bool = False
 
 
 class Plan:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import align, dense
-from tdconcepts.hooks.contexts import Plan, Run, Step, Stop, run_under
+from tdconcepts.hooks.contexts import Bound, Plan, Run, Step, Stop, run_under
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.locate import locate
 from tdconcepts.hooks.sites import Place, Site
@@ -51,6 +51,7 @@ class Pullback:
         target: what is explained.
         wrt: entries (read by the module, or written between its stages) and sites, one or a list; default: all entries
             that the module reads.
+        program: steps to take besides (in their order, those that watch ``wrt`` among them), and how they finish.
         whole: run the whole module, because its outputs are wanted too; then ``by=`` takes what it has just written.
 
     Raises:
@@ -66,7 +67,13 @@ class Pullback:
     """
 
     def __init__(
-        self, module: TensorDictModuleBase, target: Target, wrt: Wrt | list[Wrt] | None = None, *, whole: bool = False
+        self,
+        module: TensorDictModuleBase,
+        target: Target,
+        wrt: Wrt | list[Wrt] | None = None,
+        *,
+        whole: bool = False,
+        program: Bound | None = None,
     ) -> None:
         self.module = check_module(module)
         if not isinstance(target, Target):
@@ -77,7 +84,8 @@ class Pullback:
         self.wrt = self._checked_wrt(wrt)
         self._entries = [key for key in self.wrt if not isinstance(key, Site) and key in module.in_keys]
         self._places = {w: self._one_place(w) for w in self.wrt if w not in self._entries}
-        steps = [Step(place, Watch(w)) for w, place in self._places.items()]
+        self._program = program
+        steps = list(program.steps) if program else [Step(place, Watch(w)) for w, place in self._places.items()]
         keep = [place.module for place in self._places.values()]
         goals: list[NestedKey] = [] if isinstance(target.of, Site) else [target.of]
         self._read = None
@@ -93,11 +101,11 @@ class Pullback:
                 needed=nearest(target.of, module.out_keys),
                 fix=f"Target(Site({target.of!r}), ...) for an activation inside the module",
             )
+        self._whole = whole
         self._by_output = whole and target.by is not None and target.by in module.out_keys
         self.stages = [module] if whole else needed(module, goals, keep)
-        self._plan = Plan(module, steps)
+        self.plan = Plan(module, steps)
         self.in_keys = self._needed_keys()
-        self._ends_at_site = isinstance(target.of, Site) and not whole and len(self._plan.steps) == 1
 
     @property
     def names(self) -> list[str | NestedKey]:
@@ -117,6 +125,7 @@ class Pullback:
         snapshot: bool = False,
         held: Tensor | None = None,
         width: int | None = None,
+        owner: object = None,
     ) -> Pulled:
         """Run the module once and pull the target back.
 
@@ -127,6 +136,7 @@ class Pullback:
             snapshot: whether the points at sites are wanted (they are copied where an in-place operation could follow).
             held: what :meth:`hold` gave.
             width: how many targets are pulled back at once; default: all.
+            owner: whose standing run this one stands in for.
 
         Raises:
             BadKey: an entry is missing. BadType: an integer entry is asked for gradients.
@@ -135,14 +145,14 @@ class Pullback:
         self._check_inputs(td)
         points = points or {}
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-            return self._functional(td, points, create_graph, held, width)
+            return self._functional(td, points, create_graph, held, width, owner)
         with _differentiable():
             work = dense(td, self.in_keys)
             leaves: dict[Wrt, Tensor] = {}
             for key in self._entries:
                 leaves[key] = leaf = _leaf(points.get(key, work.get(key)), create_graph)
                 work.set(key, leaf)
-            run = Run(self._plan)
+            run = Run(self.plan, work, owner)
             run.store["points"] = points
             run.store["snapshot"] = snapshot
             work = run_under(run, self._forward, work, run)
@@ -157,7 +167,10 @@ class Pullback:
                 gradients.append(self._shaped(w, gradient, point, values, batch, lead, several))
                 point = point if w in leaves else self._picked(w, align(settle(point, batch), batch, str(w)), lead)
                 where.append(point if create_graph else point.detach())
-        return Pulled(values if create_graph else values.detach(), where, gradients, work)
+        if not create_graph:
+            values = values.detach()
+            work = work.detach() if self._whole else work
+        return Pulled(values, where, gradients, work)
 
     def evaluate(
         self, td: TensorDictBase, points: Mapping[Wrt, Tensor] | None = None, held: Tensor | None = None
@@ -170,7 +183,7 @@ class Pullback:
             for key in self._entries:
                 if key in points:
                     work.set(key, points[key])
-            run = Run(self._plan)
+            run = Run(self.plan, work)
             run.store["points"] = points
             run.store["snapshot"] = True
             run.store["shapes"] = True
@@ -185,10 +198,10 @@ class Pullback:
         if not self.target.moves:
             return None
         with torch.no_grad():
-            run = Run(self._plan)
-            run.store["points"] = {}
+            work = dense(td, self.in_keys)
+            run = Run(self.plan, work)
             run.store["shapes"] = True
-            work = run_under(run, self._forward, dense(td, self.in_keys), run)
+            work = run_under(run, self._forward, work, run)
             return self.target.hold(self._target_value(work, run, td), td.batch_dims)
 
     def _forward(self, work: TensorDictBase, run: Run) -> TensorDictBase:
@@ -203,6 +216,8 @@ class Pullback:
                 raise _missing(missing, work) from error
             raise
         run.check_reached()
+        if self._program is not None and self._program.finish is not None:
+            self._program.finish(run, work)
         return work
 
     def _values(self, work: TensorDictBase, td: TensorDictBase, run: Run, held: Tensor | None) -> tuple[Tensor, bool]:
@@ -222,7 +237,13 @@ class Pullback:
         return pick(value, site.index, td.batch_dims)
 
     def _functional(
-        self, td: TensorDictBase, points: Mapping[Wrt, Tensor], create_graph: bool, held: Tensor | None, width: int | None
+        self,
+        td: TensorDictBase,
+        points: Mapping[Wrt, Tensor],
+        create_graph: bool,
+        held: Tensor | None,
+        width: int | None,
+        owner: object,
     ) -> Pulled:
         """The same by ``torch.func``: what ``torch.compile`` and the function transforms can trace."""
         batch, lead = td.batch_size, td.batch_dims
@@ -230,9 +251,10 @@ class Pullback:
         starts: dict[Wrt, Tensor] = {key: points.get(key, td.get(key)) for key in self._entries}
         if self._places:  # sites are differentiated by a zero that is added; this run tells its shape, and is optimised away
             with torch.no_grad():
-                run = Run(self._plan)
+                work = dense(td, self.in_keys)
+                run = Run(self.plan, work, owner)
                 run.store["points"], run.store["shapes"] = points, True
-                run_under(run, self._forward, dense(td, self.in_keys), run)
+                run_under(run, self._forward, work, run)
                 starts.update({w: torch.zeros_like(run.store[w].value) for w in self._places})
 
         def forward(*leaves: Tensor) -> tuple[Tensor, Any]:
@@ -241,7 +263,7 @@ class Pullback:
             work = dense(td, self.in_keys)
             for key in self._entries:
                 work.set(key, given[key])
-            run = Run(self._plan)
+            run = Run(self.plan, work, owner)
             run.store["points"] = points
             run.store["zeros"] = {w: given[w] for w in self._places}
             work = run_under(run, self._forward, work, run)
@@ -314,6 +336,8 @@ class Pullback:
         keys += [key for key in self._entries if key not in keys]
         if self.target.by is not None and not self._by_output and self.target.by not in keys:
             keys.append(self.target.by)
+        if self._program is not None:
+            keys += [key for key in self._program.in_keys if key not in keys]
         return keys
 
     def _check_inputs(self, td: TensorDictBase) -> None:

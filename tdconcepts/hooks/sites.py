@@ -117,6 +117,7 @@ class Site:
 class Place(NamedTuple):
     """A site in one model: the module itself, and how to find the tensor in what it writes or is given."""
 
+    what: Site | NestedKey
     name: str
     module: nn.Module
     side: str
@@ -126,15 +127,14 @@ class Place(NamedTuple):
     out_keys: tuple[NestedKey, ...] | None  # of a TensorDictModule, which answers a call with tensors by tensors
 
 
-def module_paths(root: nn.Module) -> dict[str, nn.Module]:
+def module_paths(root: nn.Module, full: bool = False) -> dict[str, nn.Module]:
     """Every module under ``root`` by its path, without the layers that TensorDict, DDP and compile wrappers add.
 
-    The full path of ``named_modules`` is there as well, after the short ones; a module with two names has both.
+    With ``full`` the paths of ``named_modules``. A module with two names has both.
     """
-    short: dict[str, nn.Module] = {_ROOT: root}
-    full: dict[str, nn.Module] = {}
-    _walk(root, "", "", short, full, ())
-    return full if not short else {**short, **{k: v for k, v in full.items() if k not in short}}
+    found: dict[str, nn.Module] = {_ROOT: root}
+    _walk(root, "", full, found, ())
+    return found
 
 
 def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = None) -> list[Place]:
@@ -144,19 +144,11 @@ def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = 
         BadKey: when nothing matches, with the nearest paths.
     """
     paths = module_paths(root) if paths is None else paths
-    if site.path in paths:
-        names = [site.path]
-    elif "*" in site.path:
-        pattern = re.compile(
-            "".join({"**": ".*", "*": "[^.]*"}.get(p) or re.escape(p) for p in re.split(r"(\*\*|\*)", site.path))
-        )
-        names, seen = [], set()
-        for name, module in paths.items():
-            if pattern.fullmatch(name) and name != _ROOT and id(module) not in seen:
-                seen.add(id(module))
-                names.append(name)
-    else:
-        names = []
+    names = _matching(paths, site.path)
+    if not names:
+        full = module_paths(root, full=True)
+        names = _matching(full, site.path)
+        paths = full if names else paths
     if not names:
         raise BadKey(
             f"no module at path {site.path!r}",
@@ -169,7 +161,7 @@ def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = 
 
 def place_of_entry(stage: nn.Module, key: NestedKey) -> Place:
     """The place where ``stage`` writes the entry ``key``: an edit there is seen by every later stage."""
-    return Place(key_text(key), stage, "output", None, None, as_key(key), tuple(stage.out_keys))
+    return Place(as_key(key), key_text(key), stage, "output", None, None, as_key(key), tuple(stage.out_keys))
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -179,31 +171,35 @@ def is_compiled(module: nn.Module) -> bool:
 
 def _place(site: Site, module: nn.Module) -> Place:
     out_keys = tuple(module.out_keys) if isinstance(module, TensorDictModuleBase) else None
-    return Place(site.key, module, site.side, site.index, site.call, site.leaf, out_keys)
+    return Place(site, site.key, module, site.side, site.index, site.call, site.leaf, out_keys)
 
 
-def _walk(
-    module: nn.Module,
-    short: str,
-    full: str,
-    shorts: dict[str, nn.Module],
-    fulls: dict[str, nn.Module],
-    above: tuple[nn.Module, ...],
-) -> None:
+def _matching(paths: Mapping[str, nn.Module], path: str) -> list[str]:
+    if path in paths:
+        return [path]
+    if "*" not in path:
+        return []
+    glob = "".join({"**": ".*", "*": "[^.]*"}.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*)", path))
+    pattern, found = re.compile(glob), {}
+    for name, module in paths.items():
+        if name != _ROOT and pattern.fullmatch(name):
+            found.setdefault(module, name)  # a module with two names is one place
+    return list(found.values())
+
+
+def _walk(module: nn.Module, path: str, full: bool, found: dict[str, nn.Module], above: tuple[nn.Module, ...]) -> None:
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    hidden = (
-        "module" if isinstance(module, (TensorDictModuleBase, *parallel)) else "_orig_mod" if is_compiled(module) else None
-    )
+    hidden = None
+    if not full:
+        wraps = isinstance(module, (TensorDictModuleBase, *parallel))
+        hidden = "module" if wraps else "_orig_mod" if "_orig_mod" in module._modules else None
     for name, child in module._modules.items():
         if child is None or child in above:
             continue
-        child_full = f"{full}.{name}" if full else name
-        fulls[child_full] = child
-        child_short = short
+        below = path if name == hidden else f"{path}.{name}" if path else name
         if name != hidden:
-            child_short = f"{short}.{name}" if short else name
-            shorts.setdefault(child_short, child)
-        _walk(child, child_short, child_full, shorts, fulls, (*above, module))
+            found.setdefault(below, child)
+        _walk(child, below, full, found, (*above, module))
 
 
 def _is_index(part: Any) -> bool:

@@ -45,7 +45,7 @@ class Watch:
         self.key = key
 
     def __call__(self, value: Tensor, run: Run) -> Tensor:
-        store, given = run.store, run.store["points"].get(self.key)
+        store, given = run.store, run.store.get("points", {}).get(self.key)
         if given is not None:
             value = given.reshape(value.shape).to(value.dtype)
         if "zeros" in store:
