@@ -2,6 +2,7 @@
 
 from tdconcepts.hooks.edits import Ablate, Add, Edit, Replace, Scale
 from tdconcepts.hooks.contexts import Bound
+from tdconcepts.hooks.explaining import Options
 from tdconcepts.hooks.hooked import Hooked, check_td
 from tdconcepts.hooks.locate import anchor, locate
 from tdconcepts.hooks.pullback import Pullback, Pulled
@@ -15,6 +16,7 @@ __all__ = [
     "Ablate",
     "Add",
     "Edit",
+    "Options",
     "Pullback",
     "Pulled",
     "Replace",

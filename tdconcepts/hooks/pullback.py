@@ -112,6 +112,11 @@ class Pullback:
         """For each *wrt* the name under which its result is written: the key of an entry, the text of a site."""
         return [w.key if isinstance(w, Site) else w for w in self.wrt]
 
+    @property
+    def is_inner(self) -> bool:
+        """Whether some *wrt* is a value inside the module, not an entry that it reads."""
+        return bool(self._places)
+
     def gradients(self, td: TensorDictBase, create_graph: bool = False) -> list[Tensor]:
         """The gradients alone, one for each *wrt*: ``[*B, ...]``, with several targets ``[*B, T, ...]``."""
         return self(td, create_graph=create_graph).gradients
@@ -142,7 +147,7 @@ class Pullback:
             BadKey: an entry is missing. BadType: an integer entry is asked for gradients.
             BadValue: nothing of the target's graph is left (the model detaches, or runs under ``no_grad``).
         """
-        self._check_inputs(td)
+        self.check_inputs(td)
         points = points or {}
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
@@ -176,7 +181,7 @@ class Pullback:
         self, td: TensorDictBase, points: Mapping[Wrt, Tensor] | None = None, held: Tensor | None = None
     ) -> tuple[Tensor, dict[Wrt, Tensor]]:
         """The explained numbers without a gradient, and the value at each site: one forward."""
-        self._check_inputs(td)
+        self.check_inputs(td)
         points = points or {}
         with torch.no_grad():
             work = dense(td, self.in_keys)
@@ -340,7 +345,8 @@ class Pullback:
             keys += [key for key in self._program.in_keys if key not in keys]
         return keys
 
-    def _check_inputs(self, td: TensorDictBase) -> None:
+    def check_inputs(self, td: TensorDictBase) -> None:
+        """Raise for an entry that is missing or has no gradient."""
         for key in self._entries if self.target.by is None or self._by_output else [*self._entries, self.target.by]:
             value = td.get(key)
             if value is None:

@@ -1,0 +1,245 @@
+"""Explanations under noise: their mean (SmoothGrad) and their variance (VarGrad), around any explainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks import check_module, check_td
+from tdconcepts.hooks.batching import check_chunk_size, expand, gather, groups, rows_of, slices, spread
+from tdconcepts.hooks.explaining import HELD
+from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
+from tdconcepts.tunables import Tunable
+
+__all__ = ["SmoothGrad", "VarGrad"]
+
+
+class SmoothGrad(TensorDictModuleBase):
+    r"""The mean of an explanation over noisy copies of the input: :math:`\frac1n\sum_i A(x + \sigma\epsilon_i)`.
+
+    | reads | writes |
+    |---|---|
+    | what the explainer reads; with ``noise=``, ``(noise, *k)`` ``[*B, n, ...]`` | what the explainer writes, averaged |
+
+    The entries that are explained get the noise (where only sites are, all floating entries that the explained module
+    reads). All draws are rows of one batch, within ``chunk_size``. The index of an ``"argmax"`` target is chosen at the
+    clean input. :math:`\sigma` is ``noise_level`` times the range (max - min) of each row of each entry.
+
+    Args:
+        explainer: any module that writes attributions.
+        noise_level: the size of the noise; 0.1 by default, in units of the row's range.
+        n_iter: the number of draws.
+        relative: False makes ``noise_level`` the standard deviation itself, in the units of the entry.
+        include_clean: take the clean input as the first of the draws.
+        noise: where the noise comes from: a ``torch.Generator`` (the same state, the same answer, whatever the chunks), the
+            first part of the keys that hold standard-normal draws, or None for torch's own generator.
+        chunk_size: how many rows may be in flight; results do not depend on it.
+
+    Raises:
+        BadValue: a negative level, no draws, or a relative level for rows of one number. BadKey: noise that is not there.
+
+    Source: Smilkov et al., *SmoothGrad: removing noise by adding noise*, 2017.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient, Target
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> smooth = SmoothGrad(Gradient(net, Target("y", 0)), noise=torch.Generator().manual_seed(0))
+        >>> td = smooth(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
+        >>> torch.allclose(td["attribution", "x"], net.module.weight[0].expand(3, 4))
+        True
+    """
+
+    tunables = (Tunable("noise_level", 0.0, 0.95, 0.05), Tunable("n_iter", 10, 100, 10))
+
+    def __init__(
+        self,
+        explainer: TensorDictModuleBase,
+        noise_level: float = 0.1,
+        n_iter: int = 20,
+        *,
+        relative: bool = True,
+        include_clean: bool = False,
+        noise: torch.Generator | NestedKey | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.explainer = check_module(explainer, "explainer")
+        if not isinstance(noise_level, (int, float)) or not noise_level >= 0:
+            raise BadValue("not a noise level", got=f"noise_level={noise_level!r}", needed="a number >= 0")
+        if type(n_iter) is not int or n_iter < 1:
+            raise BadValue("not a number of draws", got=f"n_iter={n_iter!r}", needed="an int >= 1")
+        if not (noise is None or isinstance(noise, (torch.Generator, str, tuple))):
+            raise BadType("not a source of noise", got=repr(noise), needed="a torch.Generator, a key, or None")
+        explained = getattr(explainer, "module", None)
+        also = [key for key in explainer.out_keys if key in getattr(explained, "out_keys", ())]
+        if also:
+            raise BadValue("an explainer under noise writes no outputs", got=f"outputs {also}", fix="outputs=False")
+        self.noise_level, self.n_iter, self.relative = float(noise_level), n_iter, relative
+        self.include_clean, self.chunk_size = include_clean, check_chunk_size(chunk_size)
+        self.noise = as_key(noise) if isinstance(noise, (str, tuple)) else noise
+        self.out_keys = [key for key in explainer.out_keys if join(key)[0] != CONVERGENCE_DELTA]
+        ends = {join(key) for key in self.out_keys}
+        self._noisy = [key for key in explainer.in_keys if any(end[1:] == join(key) for end in ends)]
+        if not self._noisy:
+            self._noisy = [key for key in explainer.in_keys if key in getattr(explained, "in_keys", explainer.in_keys)]
+        keyed = [as_key(join(self.noise, key)) for key in self._noisy] if isinstance(self.noise, (str, tuple)) else []
+        self.in_keys = [*explainer.in_keys, *keyed]
+
+    @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict`` under noise."""
+        check_td(tensordict)
+        inputs = tensordict.select(*self.explainer.in_keys, strict=False)
+        held = self.hold(inputs) if tensordict.get(HELD) is None else tensordict.get(HELD)
+        if held is not None:
+            inputs.set(HELD, held)
+        scales = self._scales(inputs)
+        rows = rows_of(inputs, self.chunk_size)
+        pieces = [(index, part, _Moments()) for index, part in slices(inputs, rows)]
+        for group in groups(self.n_iter, rows, inputs.numel()):
+            noise = self._draw(tensordict, scales, group)
+            for index, part, moments in pieces:
+                n, batch = len(group), part.batch_size
+                many = expand(part, n)
+                many = part.copy() if many is part else many
+                for key, drawn in noise.items():
+                    mine = drawn if index is ... else drawn[:, index]
+                    many.set(key, spread(part.get(key) + mine, n, batch))
+                many = self.explainer(many)
+                for key in self.out_keys:
+                    moments.add(key, gather(many.get(key), n, batch))
+        for key in self.out_keys:
+            found = [self._summary(moments, key) for _, _, moments in pieces]
+            tensordict.set(key, torch.cat(found) if len(found) > 1 else found[0])
+        return tensordict
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the explained target's ``"argmax"`` chooses here."""
+        hold = getattr(self.explainer, "hold", None)
+        return None if hold is None else hold(tensordict)
+
+    def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
+        return moments.mean(key)
+
+    def _scales(self, td: TensorDictBase) -> dict[NestedKey, Tensor | float]:
+        scales: dict[NestedKey, Tensor | float] = {}
+        for key in self._noisy:
+            value = td.get(key)
+            if value is None:
+                raise BadKey(f"no entry {key_text(key)} to add noise to", got=f"entries {list(td.keys(True, True))}")
+            if not value.is_floating_point():
+                continue
+            scales[key] = self.noise_level
+            if self.relative and value.numel():
+                row = value.flatten(td.batch_dims) if value.ndim > td.batch_dims else value.unsqueeze(-1)
+                if row.shape[-1] == 1 and self.noise_level:
+                    raise BadValue(
+                        f"a row of {key_text(key)} is one number, so it has no range",
+                        got=f"shape {list(value.shape)}",
+                        needed="a noise level in the units of the entry",
+                        fix="relative=False",
+                    )
+                low, high = row.detach().aminmax(dim=-1)
+                scales[key] = self.noise_level * (high - low).reshape(high.shape + (1,) * (value.ndim - td.batch_dims))
+        return scales
+
+    def _draw(self, td: TensorDictBase, scales: Mapping[NestedKey, Tensor | float], group: range) -> dict[NestedKey, Tensor]:
+        """The noise of the draws in ``group``, ``[n, *B, ...]``; a draw is always made for the whole batch at once."""
+        drawn: dict[NestedKey, list[Tensor]] = {key: [] for key in scales}
+        for i in group:
+            for key, scale in scales.items():
+                value = td.get(key)
+                clean = self.include_clean and i == 0
+                drawn[key].append(torch.zeros_like(value) if clean else scale * self._normal(td, key, value, i))
+        return {key: torch.stack(each) for key, each in drawn.items()}
+
+    def _normal(self, td: TensorDictBase, key: NestedKey, value: Tensor, i: int) -> Tensor:
+        if isinstance(self.noise, torch.Generator):
+            drawn = torch.randn(value.shape, dtype=value.dtype, device=self.noise.device, generator=self.noise)
+            return drawn.to(value.device)
+        if self.noise is None:
+            return torch.randn_like(value)
+        given = td.get(join(self.noise, key))
+        lead = td.batch_dims
+        need = (*td.batch_size, self.n_iter, *value.shape[lead:])
+        if given is None or given.shape != need:
+            raise (BadKey if given is None else BadValue)(
+                f"no noise for {key_text(key)}" if given is None else f"the noise for {key_text(key)} has another shape",
+                got=f"no entry {join(self.noise, key)}" if given is None else f"{list(given.shape)}",
+                needed=f"{join(self.noise, key)} of shape {list(need)}",
+            )
+        return given.select(lead, i).to(value.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if isinstance(self.noise, torch.Generator):  # generators have no pickle
+            state["noise"] = ("generator", str(self.noise.device), self.noise.get_state())
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        noise = state.get("noise")
+        if isinstance(noise, tuple) and len(noise) == 3 and isinstance(noise[2], Tensor):
+            generator = torch.Generator(noise[1])
+            generator.set_state(noise[2])
+            state = {**state, "noise": generator}
+        super().__setstate__(state)
+
+
+class VarGrad(SmoothGrad):
+    r"""The variance of an explanation over noisy copies of the input: :math:`\frac1n\sum_i (A_i - \bar A)^2`.
+
+    Reads, writes and arguments as :class:`SmoothGrad`. It is a variance: the population one, zero for a linear model,
+    never negative.
+
+    Source: Adebayo et al., *Local explanation methods for deep neural networks lack sensitivity to parameter values*,
+    2018; updated pairwise as in Chan, Golub and LeVeque, 1979.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient, Target
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> td = VarGrad(Gradient(net, Target("y", 0)), n_iter=5)(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
+        >>> td["attribution", "x"].abs().max().item()
+        0.0
+    """
+
+    def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
+        return moments.variance(key)
+
+
+class _Moments:
+    """Running mean and squared deviation of each entry, in groups, around the first draw (so equal draws give zero)."""
+
+    def __init__(self) -> None:
+        self.state: dict[NestedKey, tuple[int, Tensor, Tensor, Tensor]] = {}
+
+    def add(self, key: NestedKey, group: Tensor) -> None:
+        m = len(group)
+        if key not in self.state:
+            pivot = group[0]
+            zero = torch.zeros_like(pivot, dtype=torch.promote_types(pivot.dtype, torch.float32))
+            self.state[key] = (0, pivot, zero, zero)
+        n, pivot, mean, squares = self.state[key]
+        moved = (group - pivot).to(mean.dtype)
+        ours = moved.mean(0)
+        delta = ours - mean
+        squares = squares + (moved - ours).square().sum(0) + delta.square() * (n * m / (n + m))
+        self.state[key] = (n + m, pivot, mean + delta * (m / (n + m)), squares)
+
+    def mean(self, key: NestedKey) -> Tensor:
+        _, pivot, mean, _ = self.state[key]
+        return (pivot + mean).to(pivot.dtype)
+
+    def variance(self, key: NestedKey) -> Tensor:
+        n, pivot, _, squares = self.state[key]
+        return (squares / n).to(pivot.dtype)

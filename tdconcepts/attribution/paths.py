@@ -1,0 +1,246 @@
+"""Integrated gradients: the gradient averaged along a straight path from a baseline."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, Unpack
+
+import numpy
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.hooks import Options, Site, Target
+from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.explaining import Explaining
+from tdconcepts.hooks.pullback import Pullback, Wrt
+from tdconcepts.keys import BASELINE, CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
+from tdconcepts.tunables import Tunable
+
+__all__ = ["IntegratedGradients", "Quadrature", "quadrature"]
+
+Quadrature: TypeAlias = Literal["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
+_METHODS = ("gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid")
+
+
+def quadrature(method: Quadrature, n_steps: int) -> tuple[list[float], list[float]]:
+    """Points in [0, 1] and weights that sum to one, for any method and number of steps.
+
+    Args:
+        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 n - 1``), ``"riemann_left"`` (points ``i / n``),
+            ``"riemann_right"`` (``(i + 1) / n``), ``"riemann_middle"`` (``(i + 1/2) / n``), or ``"riemann_trapezoid"``
+            (``i / (n - 1)``, the ends at half weight; one step is the middle).
+        n_steps: how many points.
+
+    Raises:
+        BadValue: for another method or no step.
+
+    Examples:
+        >>> quadrature("riemann_trapezoid", 3)
+        ([0.0, 0.5, 1.0], [0.25, 0.5, 0.25])
+    """
+    if method not in _METHODS:
+        raise BadValue("no such quadrature", got=f"method={method!r}", needed="one of " + ", ".join(map(repr, _METHODS)))
+    if type(n_steps) is not int or n_steps < 1:
+        raise BadValue("not a number of steps", got=f"n_steps={n_steps!r}", needed="an int >= 1")
+    n = n_steps
+    if method == "gausslegendre":
+        points, weights = numpy.polynomial.legendre.leggauss(n)
+        return (0.5 * (points + 1)).tolist(), (0.5 * weights).tolist()
+    if method == "riemann_trapezoid" and n > 1:
+        return [i / (n - 1) for i in range(n)], [(0.5 if i in (0, n - 1) else 1.0) / (n - 1) for i in range(n)]
+    shift = {"riemann_left": 0.0, "riemann_right": 1.0}.get(method, 0.5)
+    return [(i + shift) / n for i in range(n)], [1 / n] * n
+
+
+class IntegratedGradients(TensorDictModuleBase):
+    r"""The gradient along the path from a baseline: :math:`(w - w_0)\int_0^1 \partial y(w_0 + \alpha (w - w_0)) / \partial w\, d\alpha`.
+
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on; ``("baseline", *k)`` | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+    | | ``("convergence_delta", *k)`` ``[*B]``, on request |
+
+    Entries are moved together, as one input (their delta is one number, under ``("convergence_delta", "joint")`` where
+    there are several); each site, and each entry between stages, is a path of its own, from its value at the baseline of
+    the inputs. ``"argmax"`` is chosen once, at the input. With several targets one more dim of size T follows the batch.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        n_steps: points on the path.
+        method: see :func:`quadrature`; the weights sum to one.
+        baseline: where the path begins: a number; the first part of the keys that hold it (then it must be there); or None
+            (default): ``("baseline", *k)`` where the TensorDict has it, else zero. It broadcasts to ``k``.
+        convergence_delta: also write :math:`\sum_i a_i - (y(w) - y(w_0))`, zero for an exact integral.
+        options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadValue: no such method, no steps, a baseline of another shape. BadKey: a baseline that is not there.
+
+    Source: Sundararajan et al., *Axiomatic attribution for deep networks*, 2017 (equation 1; completeness: proposition 1).
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)), ["x"], ["y"])
+        >>> explain = IntegratedGradients(net, Target("y", 0), n_steps=20, convergence_delta=True)
+        >>> td = explain(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
+        >>> td["attribution", "x"].shape, bool(td["convergence_delta", "x"].abs().max() < 1e-4)
+        (torch.Size([3, 4]), True)
+    """
+
+    tunables = (Tunable("n_steps", 10, 100, 10), Tunable("method", choices=_METHODS))
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        target: Target,
+        wrt: Wrt | list[Wrt] | None = None,
+        *,
+        n_steps: int = 50,
+        method: Quadrature = "gausslegendre",
+        baseline: float | NestedKey | None = None,
+        convergence_delta: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__()
+        self._delta = bool(convergence_delta)
+        self._explaining = this = Explaining(module, target, wrt, options, extra=self._delta_keys)
+        self.module = module
+        self.n_steps, self.method = n_steps, method
+        self._alphas, self._weights = quadrature(method, n_steps)
+        self.baseline = as_key(baseline) if isinstance(baseline, (str, tuple)) else baseline
+        whole = this.pullback
+        self._paths = [Pullback(module, target, list(group)) for group in self._groups(whole)]
+        keyed = self.baseline if isinstance(self.baseline, (str, tuple)) else None
+        needs = [] if keyed is None else [as_key(join(keyed, name)) for name in whole.names]
+        self.in_keys, self.out_keys = [*this.in_keys, *needs], this.out_keys
+
+    @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict``."""
+        return self._explaining.run(tensordict, self._attribute)
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here."""
+        return self._explaining.pullback.hold(tensordict)
+
+    def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
+        this = self._explaining
+        held = this.pullback.hold(td) if held is None else held
+        results: dict[NestedKey, Tensor] = {}
+        for path in self._paths:
+            results |= self._along(path, td, held)
+        if this.outputs:
+            results |= this.written(this.pullback(td, held=held).outputs)
+        return results
+
+    def _along(self, path: Pullback, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
+        """One path: the points on it as rows of one batch, within the chunk, and their weighted sum."""
+        this, batch, lead = self._explaining, td.batch_size, td.batch_dims
+        ends, starts = self._ends(path, td)
+        steps = {w: ends[w] - starts[w] for w in path.wrt}
+        totals: dict[Wrt, Tensor] = {}
+        rows = rows_of(td, this.chunk_size)
+        inputs = td.select(*path.in_keys, strict=False)
+        for group in groups(self.n_steps, rows, td.numel()):
+            n = len(group)
+            many = expand(inputs, n)
+            points = {w: spread(self._points(starts[w], steps[w], group), n, batch) for w in path.wrt}
+            kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
+            pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
+            for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
+                each = gather(gradient, n, batch)
+                wide = torch.promote_types(each.dtype, torch.float32)
+                weights = torch.tensor([self._weights[i] for i in group], dtype=wide, device=each.device)
+                part = torch.tensordot(weights, each.to(wide), 1)
+                totals[w] = part if w not in totals else totals[w] + part
+        several = any(totals[w].ndim > steps[w].ndim for w in path.wrt)
+        found = {
+            w: (total * (steps[w].unsqueeze(lead) if several else steps[w])).to(steps[w].dtype)
+            for w, total in totals.items()
+        }
+        results = {as_key(join(this.out_key, _name(w))): a if this.create_graph else a.detach() for w, a in found.items()}
+        if self._delta:
+            results[_delta_key(path.wrt)] = self._convergence(path, td, ends, starts, found, held)
+        return results
+
+    def _points(self, start: Tensor, step: Tensor, group: range) -> Tensor:
+        alphas = torch.tensor([self._alphas[i] for i in group], dtype=start.dtype, device=start.device)
+        return start + alphas.view(-1, *[1] * start.ndim) * step
+
+    def _convergence(
+        self,
+        path: Pullback,
+        td: TensorDictBase,
+        ends: dict[Wrt, Tensor],
+        starts: dict[Wrt, Tensor],
+        found: dict[Wrt, Tensor],
+        held: Tensor | None,
+    ) -> Tensor:
+        after, _ = path.evaluate(td, ends, held)
+        before, _ = path.evaluate(td, starts, held)
+        total = sum(a.flatten(after.ndim).sum(-1) if a.ndim > after.ndim else a for a in found.values())
+        return (total - (after - before)).detach()
+
+    def _ends(self, path: Pullback, td: TensorDictBase) -> tuple[dict[Wrt, Tensor], dict[Wrt, Tensor]]:
+        """Where the path ends and where it starts, for each of its *wrt*."""
+        if not path.is_inner:
+            ends: dict[Wrt, Tensor] = {w: td.get(w) for w in path.wrt}  # type: ignore[arg-type]
+            path.check_inputs(td)
+            return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
+        (w,) = path.wrt
+        _, ends = path.evaluate(td)
+        given = None if not isinstance(self.baseline, (str, tuple, type(None))) else td.get(self._baseline_key(w))
+        if given is not None:
+            return ends, {w: _fit(given, ends[w], _name(w))}
+        base = td.select(*path.in_keys, strict=False)
+        for key in self.module.in_keys:
+            value = base.get(key)
+            if value is not None and value.is_floating_point():
+                base.set(key, self._baseline(td, key, value))
+        return ends, path.evaluate(base)[1]
+
+    def _baseline_key(self, w: Wrt) -> NestedKey:
+        return as_key(join(BASELINE if self.baseline is None else self.baseline, _name(w)))
+
+    def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor:
+        if self.baseline is None or isinstance(self.baseline, (str, tuple)):
+            given = td.get(self._baseline_key(w))
+            if given is not None:
+                return _fit(given, end, _name(w))
+            if self.baseline is not None and w in self._explaining.pullback.wrt:
+                raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(self._baseline_key(w))}")
+            return torch.zeros_like(end)
+        return torch.full_like(end, self.baseline)
+
+    def _delta_keys(self, this: Explaining) -> list[NestedKey]:
+        return [_delta_key(group) for group in self._groups(this.pullback)] if self._delta else []
+
+    def _groups(self, whole: Pullback) -> list[tuple[Wrt, ...]]:
+        """The paths: entries that the module reads together, every other place for itself."""
+        entries = tuple(w for w in whole.wrt if not isinstance(w, Site) and w in whole.module.in_keys)
+        return ([entries] if entries else []) + [(w,) for w in whole.wrt if w not in entries]
+
+
+def _name(w: Wrt) -> NestedKey:
+    return w.key if isinstance(w, Site) else w
+
+
+def _delta_key(group: tuple[Wrt, ...]) -> NestedKey:
+    return join(CONVERGENCE_DELTA, _name(group[0]) if len(group) == 1 else "joint")
+
+
+def _fit(given: Tensor, end: Tensor, name: NestedKey) -> Tensor:
+    try:
+        return given.to(dtype=end.dtype, device=end.device).expand(end.shape)
+    except RuntimeError:
+        raise BadValue(
+            f"the baseline of {key_text(name)} has another shape",
+            got=f"{list(given.shape)}",
+            needed=f"a shape that broadcasts to {list(end.shape)}",
+        ) from None
