@@ -3,7 +3,7 @@
 from tdconcepts.rl.agents import TrainedAgent, cartpole_env, cartpole_policy, ppo_cartpole
 from tdconcepts.rl.episodes import episode_returns
 from tdconcepts.rl.returns import Returns, compare_returns
-from tdconcepts.rl.rollouts import explain_rollout
+from tdconcepts.rl.rollouts import explain_rollout, rollout_episodes
 
 __all__ = [
     "Returns",
@@ -14,4 +14,5 @@ __all__ = [
     "episode_returns",
     "explain_rollout",
     "ppo_cartpole",
+    "rollout_episodes",
 ]

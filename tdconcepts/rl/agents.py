@@ -122,8 +122,8 @@ def ppo_cartpole(
     batch = ENVS * STEPS
     if frames < batch:
         raise BadValue("the training budget is below one batch", got=f"{frames} frames", needed=f"at least {batch}")
-    collectors, objectives = import_extra("torchrl.collectors", "rl"), import_extra("torchrl.objectives", "rl")
-    values = import_extra("torchrl.objectives.value", "rl")
+    objectives, values = import_extra("torchrl.objectives", "rl"), import_extra("torchrl.objectives.value", "rl")
+    env, judges, batches = cartpole_env(ENVS, seed), cartpole_env(len(EVAL_SEEDS)), frames // batch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy, critic = cartpole_policy(), _critic()
@@ -132,20 +132,12 @@ def ppo_cartpole(
         )
         advantage = values.GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=critic)
         optimiser = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, eps=1e-5)
-        batches = frames // batch
-        collector = collectors.Collector(
-            cartpole_env(ENVS, seed),
-            policy,
-            frames_per_batch=batch,
-            total_frames=batches * batch,
-            exploration_type=InteractionType.RANDOM,
-            auto_register_policy_transforms=False,
-        )
-        judges = cartpole_env(len(EVAL_SEEDS))
         history: list[dict[str, float]] = []
         best, best_score = (copy.deepcopy(policy), copy.deepcopy(critic)), (-1.0, -1.0)
+        td = env.reset()
         try:
-            for number, data in enumerate(collector):
+            for number in range(batches):
+                data, td = _collect(env, policy, td)
                 for group in optimiser.param_groups:
                     group["lr"] = LEARNING_RATE * (1.0 - number / batches)
                 _improve(loss, advantage, optimiser, data)
@@ -161,12 +153,22 @@ def ppo_cartpole(
                 if score[0] >= 475 and score[1] >= 400:
                     break
         finally:
-            collector.shutdown()
+            env.close()
             judges.close()
     if progress is not None:
         progress("training the agent", 1.0, f"mean return {best_score[0]:.0f}")
     policy, critic = (module.requires_grad_(True).eval() for module in best)
     return TrainedAgent(policy, critic, seed, int(history[-1]["frames"]), best_score[0], history)
+
+
+def _collect(env: Any, policy: Any, td: Any) -> tuple[Any, Any]:
+    """One batch ``[ENVS, STEPS]`` of sampled steps from ``td`` on, and the state to go on from."""
+    steps = []
+    with torch.no_grad(), set_interaction_type(InteractionType.RANDOM):
+        for _ in range(STEPS):
+            step, td = env.step_and_maybe_reset(policy(td))
+            steps.append(step)
+    return torch.stack(steps, 1), td
 
 
 def _improve(loss: Any, advantage: Any, optimiser: torch.optim.Optimizer, data: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import NestedKey, join
 
-__all__ = ["Policy", "Visited", "episode_returns", "run_episodes"]
+__all__ = ["Policy", "Visited", "done_key", "episode_returns", "interaction", "run_episodes", "seeded_reset"]
 
 Policy: TypeAlias = Callable[[TensorDictBase], TensorDictBase]
 
@@ -92,8 +92,8 @@ def interaction(greedy: bool) -> set_interaction_type:
 def _together(
     env: Any, policy: Policy, seeds: list[int], max_steps: int, record: list[NestedKey], seen: Visited
 ) -> TensorDictBase:
-    done_key, count = _done_key(env), len(seeds)
-    td = _seeded_reset(env, seeds)
+    done_at, count = join("next", done_key(env)), len(seeds)
+    td = seeded_reset(env, seeds)
     seen.starts.append(td.clone())
     total, length = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
     alive = torch.ones(count, dtype=torch.bool)
@@ -106,7 +106,7 @@ def _together(
             actions.append(td.get(env.action_key).clone())
             alives.append(alive)
         td, following = env.step_and_maybe_reset(td)  # slots that are done go on with other episodes, which don't count
-        reward, done = td.get(join("next", env.reward_key)).cpu(), td.get(join("next", done_key)).cpu()
+        reward, done = td.get(join("next", env.reward_key)).cpu(), td.get(done_at).cpu()
         if reward.numel() != count or done.numel() != count:
             raise BadValue(
                 "the return needs one reward and one done flag for each environment",
@@ -126,7 +126,8 @@ def _together(
     return TensorDict({"return": total, "length": length, "finished": ~alive}, batch_size=[count])
 
 
-def _seeded_reset(env: Any, seeds: list[int]) -> TensorDictBase:
+def seeded_reset(env: Any, seeds: list[int]) -> TensorDictBase:
+    """Reset ``env`` to the start states that ``seeds`` name: one for each slot where it can be said, else the first."""
     inner = env
     while getattr(inner, "base_env", None) is not None:
         inner = inner.base_env
@@ -137,7 +138,12 @@ def _seeded_reset(env: Any, seeds: list[int]) -> TensorDictBase:
     return env.reset()
 
 
-def _done_key(env: Any) -> NestedKey:
+def done_key(env: Any) -> NestedKey:
+    """The one entry that says that an environment's episode is over.
+
+    Raises:
+        BadValue: there are several (agents with done flags of their own).
+    """
     keys = [key for key in env.done_keys if join(key)[-1] == "done"]
     if len(keys) != 1:
         raise BadValue("the return needs one done flag for each environment", got=f"done keys {env.done_keys}")

@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks.programs import patch
 from tdconcepts.rl.episodes import Policy, Visited, interaction, run_episodes
 
 __all__ = ["Returns", "compare_returns", "student_t"]
@@ -187,11 +188,9 @@ def student_t(confidence: float, degrees: int) -> float:
 @contextmanager
 def _bound(name: str, variant: Any, policy: TensorDictModuleBase) -> Iterator[Policy]:
     """The policy that a variant stands for, for the time of its episodes."""
-    from tdconcepts.hooks.programs import patch
-
     if isinstance(variant, Mapping):
         variant = patch(policy, variant)
-    elif hasattr(variant, "on"):
+    elif hasattr(variant, "bind") and hasattr(variant, "on"):
         variant = variant.on(policy)
     if isinstance(variant, AbstractContextManager):
         with variant as acting:

@@ -1,6 +1,9 @@
-"""Explaining rollouts: every logged step of any [*batch, time] TensorDict in one batched call."""
+"""Rollouts: the first episode of each environment, and every logged step explained in one batched call."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NonTensorData, TensorDictBase
@@ -10,10 +13,44 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadValue, nearest
 from tdconcepts.hooks.stages import check_module
 from tdconcepts.keys import NestedKey, as_key, join, key_text
+from tdconcepts.rl.episodes import Policy, done_key, interaction, seeded_reset
 
-__all__ = ["EXPLANATION", "explain_rollout"]
+__all__ = ["EXPLANATION", "MASK", "explain_rollout", "rollout_episodes"]
 
 EXPLANATION = "explanation"
+MASK = ("collector", "mask")  # where torchrl's collectors put it when they split trajectories
+
+
+def rollout_episodes(
+    env: Any, policy: Policy, *, seeds: Sequence[int] | None = None, max_steps: int = 1000, greedy: bool = True
+) -> TensorDictBase:
+    """One episode of each environment, as ``[*B, T]`` with a mask; T is the length of the longest.
+
+    A batched environment goes on with new episodes in slots that are done; ``("collector", "mask")`` ``[*B, T]`` is
+    True where a slot's *first* episode runs.
+
+    Args:
+        env: a torchrl environment.
+        policy: any TensorDictModule, or callable on TensorDicts, that writes the action.
+        seeds: one for each slot of a vectorised gymnasium environment (else the first one counts); ``None`` goes on
+            from the environment's own state.
+        max_steps: where episodes are cut; 1000 by default.
+        greedy: act deterministically (the default), or sample.
+
+    Raises:
+        BadValue: another number of seeds than of slots, ``max_steps < 1``.
+    """
+    width = max(1, env.batch_size.numel())
+    if max_steps < 1 or (seeds is not None and len(seeds) != width):
+        got = f"max_steps={max_steps}" + ("" if seeds is None else f", {len(seeds)} seeds")
+        raise BadValue("these episodes can't be run", got=got, needed=f"at least one step, {width} seeds or None")
+    with torch.no_grad(), interaction(greedy):
+        start = env.reset() if seeds is None else seeded_reset(env, [int(seed) for seed in seeds])
+        rollout = env.rollout(max_steps, policy, auto_reset=False, tensordict=start, break_when_any_done=False)
+    done = rollout.get(join("next", done_key(env))).reshape(rollout.batch_size)
+    mask = done.cumsum(-1) - done.long() == 0
+    rollout = rollout[..., : int(mask.reshape(-1, mask.shape[-1]).any(0).sum())]
+    return rollout.set(MASK, mask[..., : rollout.shape[-1]])
 
 
 def explain_rollout(
@@ -85,7 +122,9 @@ def explain_rollout(
     with set_interaction_type(exploration_type):
         for start in range(0, max(1, len(steps)), width):
             rows = steps[start : start + width]
-            explained.append(explainer(rows if counts is None else rows[counts[start : start + width]]))
+            rows = rows if counts is None else rows[counts[start : start + width]]
+            if len(rows) or (not explained and start + width >= len(steps)):
+                explained.append(explainer(rows))
     result = rollout.copy()
     for key in explainer.out_keys:
         value = torch.cat([chunk[key] for chunk in explained])
@@ -94,23 +133,23 @@ def explain_rollout(
             full[counts] = value
             value = full
         result.set(key, value.reshape(*rollout.batch_size, *value.shape[1:]))
-    return result.set(
-        (EXPLANATION, "exploration_type"), NonTensorData(exploration_type.name.lower(), batch_size=rollout.batch_size)
-    )
+    kind = NonTensorData(exploration_type.name.lower(), batch_size=rollout.batch_size)
+    return result.set((EXPLANATION, "exploration_type"), kind)
 
 
 def _steps(explainer: TensorDictModuleBase, rollout: TensorDictBase) -> TensorDictBase:
     """The steps as rows, without what came after them; shares the rollout's tensors where it can."""
     td = rollout.exclude("next") if not any(join(key)[0] == "next" for key in explainer.in_keys) else rollout
+    known = set(td.keys(True))
     for key in explainer.in_keys:
-        if td.get(key) is None:
+        if key not in known:
             raise BadKey(
                 f"the rollout has no entry {key_text(key)}, which the explainer reads",
                 got=f"in_keys {list(explainer.in_keys)}",
                 needed=nearest(key, rollout.keys(True, True)),
             )
     try:
-        return td.contiguous().reshape(-1)
+        return td.contiguous().reshape(rollout.batch_size.numel())
     except RuntimeError as error:
         raise BadValue(
             "the trajectories do not stack into one batch",

@@ -1,0 +1,22 @@
+"""One agent, trained once for the whole session."""
+
+import pytest
+
+pytest.importorskip("torchrl")
+pytest.importorskip("gymnasium")
+
+
+@pytest.fixture(scope="session")
+def agent():
+    from tdconcepts.rl import ppo_cartpole
+
+    return ppo_cartpole(seed=4)  # the seed that stops earliest
+
+
+@pytest.fixture
+def env():
+    from tdconcepts.rl import cartpole_env
+
+    env = cartpole_env(8)
+    yield env
+    env.close()
