@@ -47,7 +47,7 @@ def ridge_direction(
 ) -> RidgeProbe:
     r"""Fit a ridge regression from a latent to a label over episodes, and score it on episodes held out.
 
-    :math:`w = (\tilde Z^T \tilde Z / n + \lambda I)^{-1} \tilde Z^T \tilde y / n` on centred data, in float64. For the
+    :math:`w = (\tilde Z^T \tilde Z + \lambda I)^{-1} \tilde Z^T \tilde y` on centred data, in float64. For the
     score the episodes are dealt into ``folds`` groups; each group is predicted by a probe fitted on the others:
     :math:`R^2 = 1 - \sum (y - \hat y)^2 / \sum (y - \bar y_\mathrm{train})^2`. The probe that is returned is fitted on
     all. Neighbouring steps are near copies, so held-out *steps* would flatter: whole episodes are held out.
@@ -55,7 +55,7 @@ def ridge_direction(
     Args:
         z: the latent ``[E, T, C]``: episodes, steps, units.
         y: the label ``[E, T]``, any unit.
-        ridge: lambda, added to the diagonal of the latent's covariance; 1e-3 by default.
+        ridge: lambda, against the *sum* of squares over the rows (scikit-learn's ``alpha``); 1e-3 by default.
         mask: ``[E, T]``, True where the step counts (ragged episodes); default: all.
         folds: groups of episodes, at most E; 4 by default.
 
@@ -92,8 +92,13 @@ def ridge_direction(
 def _solve(z: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, centre = z.mean(0), y.mean()
     centred = z - mean
-    gram = centred.T @ centred / len(z) + ridge * torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-    weight = torch.linalg.lstsq(gram, (centred.T @ (y - centre) / len(z)).unsqueeze(-1)).solution.squeeze(-1)
+    squares, axes = torch.linalg.eigh(centred.T @ centred)
+    squares = squares.clamp(min=0.0) + ridge
+    kept = (
+        squares > squares.amax() * len(squares) * torch.finfo(z.dtype).eps
+    )  # without a ridge: the least-norm solution
+    scale = torch.where(kept, 1.0 / torch.where(kept, squares, 1.0), 0.0)
+    weight = axes @ (scale * (axes.T @ (centred.T @ (y - centre))))
     return weight, centre - mean @ weight, mean, centre
 
 
