@@ -24,16 +24,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 STYLE: dict[str, Any] = {
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.labelsize": 10.5,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
     "lines.linewidth": 1.6,
     "svg.hashsalt": "tdconcepts",
 }
@@ -84,7 +82,7 @@ def intervention_curve(
             axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _whole_numbers(axes, [_values(curve[0]) for curve in curves.values()])
-    axes.legend()
+    axes.legend(frameon=False)
     return figure
 
 
@@ -109,7 +107,7 @@ def over_time(
     """
     _need_some(rows, "rows")
     _need_some(columns, "columns")
-    size = (3.6 * len(columns) + 0.6, 1.55 * len(rows) + 1.0)
+    size = (3.3 * len(columns) + 0.6, 1.6 * len(rows) + 1.2)
     figure, grid = new_figure(len(rows), len(columns), size=size, sharex=True)
     if title:
         figure.suptitle(title)
@@ -129,9 +127,9 @@ def over_time(
         grid[-1, column].set_xlabel(xlabel)
         if any(series):
             handles, labels = grid[0, column].get_legend_handles_labels()
-            grid[-1, column].legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=2)
+            grid[-1, column].legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.4), frameon=False)
     for row, name in enumerate(rows):
-        grid[row, 0].set_ylabel(name)
+        grid[row, 0].set_ylabel(name.replace(", ", "\n"))
         for axes in grid[row]:
             axes.axhline(0.0, color="#888888", linewidth=0.8, zorder=0)
     figure.align_ylabels(list(grid[:, 0]))
@@ -166,8 +164,8 @@ def interval_plot(
         if single:
             spread = (torch.arange(len(single)) * 0.618034) % 1.0 * 0.44 - 0.22  # a fixed scatter, not a random one
             axes.scatter(single, number + spread.numpy(), s=9, color="#999999", alpha=0.5, linewidth=0, zorder=1)
-        axes.plot([low, high], [number, number], color=COLOURS[0], linewidth=3.0, solid_capstyle="round", zorder=2)
-        axes.plot([mean], [number], marker="o", markersize=8, color=COLOURS[1], markeredgecolor="white", zorder=3)
+        bar = {"xerr": [[mean - low], [high - mean]], "ecolor": COLOURS[0], "elinewidth": 2.2, "capsize": 6, "capthick": 2.2}
+        axes.errorbar([mean], [number], **bar, marker="o", markersize=6.5, color=COLOURS[1], zorder=3)
     axes.set_yticks(range(len(means)), list(means))
     axes.set_ylim(len(means) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
