@@ -103,14 +103,15 @@ class SmoothGrad(TensorDictModuleBase):
         if held is not None:
             inputs.set(HELD, held)
         scales = self._scales(inputs)
-        rows = rows_of(inputs, self.chunk_size)
+        keys = [*self.explainer.in_keys, *([] if held is None else [HELD])]
+        others = [key for key in keys if key not in scales]
+        rows = rows_of(inputs, self.chunk_size, keys)
         pieces = [(index, part, _Moments()) for index, part in slices(inputs, rows)]
         for group in groups(self.n_iter, rows, inputs.numel()):
             noise = self._draw(tensordict, scales, group)
             for index, part, moments in pieces:
                 n, batch = len(group), part.batch_size
-                many = expand(part, n)
-                many = part.copy() if many is part else many
+                many = expand(part, n, others)
                 for key, drawn in noise.items():
                     mine = drawn if index is ... else drawn[:, index]
                     many.set(key, spread(part.get(key) + mine, n, batch))
@@ -154,20 +155,24 @@ class SmoothGrad(TensorDictModuleBase):
 
     def _draw(self, td: TensorDictBase, scales: Mapping[NestedKey, Tensor | float], group: range) -> dict[NestedKey, Tensor]:
         """The noise of the draws in ``group``, ``[n, *B, ...]``; a draw is always made for the whole batch at once."""
-        drawn: dict[NestedKey, list[Tensor]] = {key: [] for key in scales}
-        for i in group:
-            for key, scale in scales.items():
-                value = td.get(key)
-                clean = self.include_clean and i == 0
-                drawn[key].append(torch.zeros_like(value) if clean else scale * self._normal(td, key, value, i))
-        return {key: torch.stack(each) for key, each in drawn.items()}
-
-    def _normal(self, td: TensorDictBase, key: NestedKey, value: Tensor, i: int) -> Tensor:
+        values = {key: td.get(key) for key in scales}
         if isinstance(self.noise, torch.Generator):
-            drawn = torch.randn(value.shape, dtype=value.dtype, device=self.noise.device, generator=self.noise)
-            return drawn.to(value.device)
-        if self.noise is None:
-            return torch.randn_like(value)
+            shapes = {key: (len(group), *value.shape) for key, value in values.items()}
+            home = self.noise.device
+            drawn = {key: torch.empty(shapes[key], dtype=v.dtype, device=home) for key, v in values.items()}
+            for one in zip(*(many.unbind(0) for many in drawn.values()), strict=True):
+                for tensor in one:
+                    tensor.normal_(generator=self.noise)
+        elif self.noise is None:
+            drawn = {key: torch.randn_like(v.expand(len(group), *v.shape)) for key, v in values.items()}
+        else:
+            drawn = {key: self._given(td, key, v)[group.start : group.stop] for key, v in values.items()}
+        noise = {key: drawn[key].to(value.device) * scales[key] for key, value in values.items()}
+        if self.include_clean and group.start == 0:
+            noise = {key: torch.cat([torch.zeros_like(each[:1]), each[1:]]) for key, each in noise.items()}
+        return noise
+
+    def _given(self, td: TensorDictBase, key: NestedKey, value: Tensor) -> Tensor:
         given = td.get(join(self.noise, key))
         lead = td.batch_dims
         need = (*td.batch_size, self.n_iter, *value.shape[lead:])
@@ -177,7 +182,7 @@ class SmoothGrad(TensorDictModuleBase):
                 got=f"no entry {join(self.noise, key)}" if given is None else f"{list(given.shape)}",
                 needed=f"{join(self.noise, key)} of shape {list(need)}",
             )
-        return given.select(lead, i).to(value.dtype)
+        return given.movedim(lead, 0).to(value.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -111,12 +111,15 @@ class IntegratedGradients(TensorDictModuleBase):
         self._explaining = this = Explaining(module, target, wrt, options, extra=self._delta_keys)
         self.module = module
         self.n_steps, self.method = n_steps, method
-        self._alphas, self._weights = quadrature(method, n_steps)
+        self._alphas, self._weights = (torch.tensor(part, dtype=torch.float64) for part in quadrature(method, n_steps))
         self.baseline = as_key(baseline) if isinstance(baseline, (str, tuple)) else baseline
         whole = this.pullback
         self._paths = [Pullback(module, target, list(group)) for group in self._groups(whole)]
-        keyed = self.baseline if isinstance(self.baseline, (str, tuple)) else None
-        needs = [] if keyed is None else [as_key(join(keyed, name)) for name in whole.names]
+        first = BASELINE if self.baseline is None else self.baseline
+        keyed = isinstance(first, (str, tuple))
+        self._baseline_keys = {w: join(first, _name(w)) for w in (*whole.wrt, *module.in_keys)} if keyed else {}
+        needs = [as_key(self._baseline_keys[w]) for w in whole.wrt] if isinstance(self.baseline, (str, tuple)) else []
+        self._written = dict(zip(whole.wrt, this.attribution_keys, strict=True))
         self.in_keys, self.out_keys = [*this.in_keys, *needs], this.out_keys
 
     @dispatch(auto_batch_size=False)
@@ -143,20 +146,20 @@ class IntegratedGradients(TensorDictModuleBase):
         """One path: the points on it as rows of one batch, within the chunk, and their weighted sum."""
         this, batch, lead = self._explaining, td.batch_size, td.batch_dims
         ends, starts = self._ends(path, td)
-        steps = {w: ends[w] - starts[w] for w in path.wrt}
+        steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
         totals: dict[Wrt, Tensor] = {}
-        rows = rows_of(td, this.chunk_size)
-        inputs = td.select(*path.in_keys, strict=False)
+        rows = rows_of(td, this.chunk_size, path.in_keys)
+        others = [key for key in path.in_keys if key not in path.wrt]
         for group in groups(self.n_steps, rows, td.numel()):
             n = len(group)
-            many = expand(inputs, n)
+            many = expand(td, n, others)
             points = {w: spread(self._points(starts[w], steps[w], group), n, batch) for w in path.wrt}
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
             pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
             for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
                 each = gather(gradient, n, batch)
                 wide = torch.promote_types(each.dtype, torch.float32)
-                weights = torch.tensor([self._weights[i] for i in group], dtype=wide, device=each.device)
+                weights = self._weights[group.start : group.stop].to(dtype=wide, device=each.device)
                 part = torch.tensordot(weights, each.to(wide), 1)
                 totals[w] = part if w not in totals else totals[w] + part
         several = any(totals[w].ndim > steps[w].ndim for w in path.wrt)
@@ -164,59 +167,59 @@ class IntegratedGradients(TensorDictModuleBase):
             w: (total * (steps[w].unsqueeze(lead) if several else steps[w])).to(steps[w].dtype)
             for w, total in totals.items()
         }
-        results = {as_key(join(this.out_key, _name(w))): a if this.create_graph else a.detach() for w, a in found.items()}
+        results = {self._written[w]: a if this.create_graph else a.detach() for w, a in found.items()}
         if self._delta:
             results[_delta_key(path.wrt)] = self._convergence(path, td, ends, starts, found, held)
         return results
 
-    def _points(self, start: Tensor, step: Tensor, group: range) -> Tensor:
-        alphas = torch.tensor([self._alphas[i] for i in group], dtype=start.dtype, device=start.device)
-        return start + alphas.view(-1, *[1] * start.ndim) * step
+    def _points(self, start: Tensor | None, step: Tensor, group: range) -> Tensor:
+        alphas = self._alphas[group.start : group.stop].to(dtype=step.dtype, device=step.device)
+        moved = alphas.view(-1, *[1] * step.ndim) * step
+        return moved if start is None else start + moved
 
     def _convergence(
         self,
         path: Pullback,
         td: TensorDictBase,
         ends: dict[Wrt, Tensor],
-        starts: dict[Wrt, Tensor],
+        starts: dict[Wrt, Tensor | None],
         found: dict[Wrt, Tensor],
         held: Tensor | None,
     ) -> Tensor:
         after, _ = path.evaluate(td, ends, held)
-        before, _ = path.evaluate(td, starts, held)
+        zeros = {w: torch.zeros_like(ends[w]) if start is None else start for w, start in starts.items()}
+        before, _ = path.evaluate(td, zeros, held)
         total = sum(a.flatten(after.ndim).sum(-1) if a.ndim > after.ndim else a for a in found.values())
         return (total - (after - before)).detach()
 
-    def _ends(self, path: Pullback, td: TensorDictBase) -> tuple[dict[Wrt, Tensor], dict[Wrt, Tensor]]:
-        """Where the path ends and where it starts, for each of its *wrt*."""
+    def _ends(self, path: Pullback, td: TensorDictBase) -> tuple[dict[Wrt, Tensor], dict[Wrt, Tensor | None]]:
+        """Where the path ends and where it starts (None for zero), for each of its *wrt*."""
         if not path.is_inner:
             ends: dict[Wrt, Tensor] = {w: td.get(w) for w in path.wrt}  # type: ignore[arg-type]
-            path.check_inputs(td)
+            path.check_inputs(td, {})
             return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
         (w,) = path.wrt
         _, ends = path.evaluate(td)
-        given = None if not isinstance(self.baseline, (str, tuple, type(None))) else td.get(self._baseline_key(w))
+        given = td.get(self._baseline_keys[w]) if self._baseline_keys else None
         if given is not None:
             return ends, {w: _fit(given, ends[w], _name(w))}
         base = td.select(*path.in_keys, strict=False)
         for key in self.module.in_keys:
             value = base.get(key)
             if value is not None and value.is_floating_point():
-                base.set(key, self._baseline(td, key, value))
-        return ends, path.evaluate(base)[1]
+                start = self._baseline(td, key, value)
+                base.set(key, torch.zeros_like(value) if start is None else start)
+        return ends, dict(path.evaluate(base)[1])
 
-    def _baseline_key(self, w: Wrt) -> NestedKey:
-        return as_key(join(BASELINE if self.baseline is None else self.baseline, _name(w)))
-
-    def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor:
-        if self.baseline is None or isinstance(self.baseline, (str, tuple)):
-            given = td.get(self._baseline_key(w))
+    def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor | None:
+        if self._baseline_keys:
+            given = td.get(self._baseline_keys[w])
             if given is not None:
                 return _fit(given, end, _name(w))
             if self.baseline is not None and w in self._explaining.pullback.wrt:
-                raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(self._baseline_key(w))}")
-            return torch.zeros_like(end)
-        return torch.full_like(end, self.baseline)
+                raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(self._baseline_keys[w])}")
+            return None
+        return torch.full_like(end, self.baseline) if self.baseline else None  # type: ignore[arg-type]
 
     def _delta_keys(self, this: Explaining) -> list[NestedKey]:
         return [_delta_key(group) for group in self._groups(this.pullback)] if self._delta else []

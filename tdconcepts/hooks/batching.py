@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
+from tdconcepts.keys import NestedKey
 
 __all__ = ["align", "check_chunk_size", "expand", "groups", "rows_of", "slices", "spread"]
 
@@ -52,16 +53,17 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
     raise BadValue("not a chunk size", got=repr(chunk_size), needed="a number of rows >= 1, or None to choose one")
 
 
-def rows_of(td: TensorDictBase, chunk_size: int | None) -> int:
-    """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row.
+def rows_of(td: TensorDictBase, chunk_size: int | None, keys: Iterable[NestedKey]) -> int:
+    """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row of the entries ``keys``.
 
     The choice keeps the input in flight near 1 MB on a CPU (64 MB on a GPU) and never goes below the caller's own batch.
     """
     if chunk_size is not None:
         return chunk_size
     rows = max(1, td.numel())
-    size = sum(v.numel() for v in td.values(True, True) if isinstance(v, Tensor)) / rows
-    budget = _BUDGET["cpu" if td.device is None else td.device.type if td.device.type in _BUDGET else "cuda"]
+    values = [value for value in map(td.get, keys) if isinstance(value, Tensor)]
+    size = sum(value.numel() for value in values) / rows
+    budget = _BUDGET["cpu" if not values or values[0].device.type == "cpu" else "cuda"]
     return max(rows, min(_MOST_ROWS, int(budget / max(1.0, size))))
 
 
@@ -91,18 +93,26 @@ def groups(n: int, rows: int, batch: int) -> Iterator[range]:
         yield range(start, min(n, start + step))
 
 
-def expand(td: TensorDictBase, n: int) -> TensorDictBase:
-    """``n`` copies of a batch as one batch, copy after copy: ``[B, ...]`` becomes ``[n * B, ...]``.
+def expand(td: TensorDictBase, n: int, keys: Iterable[NestedKey]) -> TensorDict:
+    """``n`` copies of the entries ``keys`` as one batch, copy after copy: ``[B, ...]`` becomes ``[n * B, ...]``.
 
     The number of dims stays, because many networks take exactly one batch dim; only ``[]`` becomes ``[n]``.
 
     Examples:
-        >>> expand(TensorDict(x=torch.zeros(3, 4), batch_size=[3]), 2)["x"].shape
+        >>> expand(TensorDict(x=torch.zeros(3, 4), batch_size=[3]), 2, ["x"])["x"].shape
         torch.Size([6, 4])
     """
     if n == 1:
-        return td
-    return td.expand(n, *td.batch_size).reshape(*_merged(td.batch_size, n))
+        return dense(td, keys)
+    batch = td.batch_size
+    many = TensorDict({}, batch_size=_merged(batch, n), device=td.device)
+    for key in keys:
+        value = td.get(key)
+        if isinstance(value, Tensor):
+            many.set(key, spread(value.expand(n, *value.shape), n, batch))
+        elif value is not None:  # nested or non-tensor data
+            many.update(td.select(key).expand(n, *batch).reshape(*_merged(batch, n)))
+    return many
 
 
 def spread(value: Tensor, n: int, batch: torch.Size) -> Tensor:
@@ -121,7 +131,7 @@ def _merged(batch: torch.Size, n: int) -> tuple[int, ...]:
     return (n * batch[0], *batch[1:]) if batch else (n,)
 
 
-def dense(td: TensorDictBase, keys: Any) -> TensorDict:
+def dense(td: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDict:
     """A new TensorDict with the entries ``keys`` of ``td`` that are there, the same tensors under the same batch."""
     new = TensorDict({}, batch_size=td.batch_size, device=td.device)
     for key in keys:

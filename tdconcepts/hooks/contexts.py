@@ -176,6 +176,7 @@ class _Tap:
     """
 
     __slots__ = ("handle", "holders")
+    inert = True  # so that a container with nothing else on it counts as unwatched
 
     def __init__(self) -> None:
         self.handle: Any = None
@@ -252,7 +253,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     before = _ACTIVE.runs
     owner = run.owner
     entered = [other for other in before if other.owner is owner] if owner is not None else []
-    lasting = bool(entered) or not run.plan.steps
+    lasting = len(entered) > 0 or len(run.plan.steps) == 0
     if not lasting:
         if not is_compiling():
             run.plan.install()

@@ -17,7 +17,7 @@ from tdconcepts.hooks.contexts import Bound, Plan, Run, Step, Stop, run_under
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.locate import locate
 from tdconcepts.hooks.sites import Place, Site
-from tdconcepts.hooks.stages import check_module, needed
+from tdconcepts.hooks.stages import check_module, containers, needed
 from tdconcepts.hooks.targets import Target
 from tdconcepts.hooks.watch import Read, Watch, settle
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -104,6 +104,7 @@ class Pullback:
         self._whole = whole
         self._by_output = whole and target.by is not None and target.by in module.out_keys
         self.stages = [module] if whole else needed(module, goals, keep)
+        self._passed = [] if self.stages == [module] else containers(module)
         self.plan = Plan(module, steps)
         self.in_keys = self._needed_keys()
 
@@ -147,15 +148,15 @@ class Pullback:
             BadKey: an entry is missing. BadType: an integer entry is asked for gradients.
             BadValue: nothing of the target's graph is left (the model detaches, or runs under ``no_grad``).
         """
-        self.check_inputs(td)
         points = points or {}
+        self.check_inputs(td, points)
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
         with _differentiable():
             work = dense(td, self.in_keys)
             leaves: dict[Wrt, Tensor] = {}
             for key in self._entries:
-                leaves[key] = leaf = _leaf(points.get(key, work.get(key)), create_graph)
+                leaves[key] = leaf = _leaf(points[key] if key in points else td.get(key), create_graph)
                 work.set(key, leaf)
             run = Run(self.plan, work, owner)
             run.store["points"] = points
@@ -181,8 +182,8 @@ class Pullback:
         self, td: TensorDictBase, points: Mapping[Wrt, Tensor] | None = None, held: Tensor | None = None
     ) -> tuple[Tensor, dict[Wrt, Tensor]]:
         """The explained numbers without a gradient, and the value at each site: one forward."""
-        self.check_inputs(td)
         points = points or {}
+        self.check_inputs(td, points)
         with torch.no_grad():
             work = dense(td, self.in_keys)
             for key in self._entries:
@@ -210,8 +211,9 @@ class Pullback:
             return self.target.hold(self._target_value(work, run, td), td.batch_dims)
 
     def _forward(self, work: TensorDictBase, run: Run) -> TensorDictBase:
+        hooked = any(inner._forward_hooks or inner._forward_pre_hooks for inner in self._passed)
         try:
-            for stage in self.stages:
+            for stage in [self.module] if hooked else self.stages:
                 work = stage(work)
         except Stop:
             pass
@@ -253,7 +255,7 @@ class Pullback:
         """The same by ``torch.func``: what ``torch.compile`` and the function transforms can trace."""
         batch, lead = td.batch_size, td.batch_dims
         several = False
-        starts: dict[Wrt, Tensor] = {key: points.get(key, td.get(key)) for key in self._entries}
+        starts: dict[Wrt, Tensor] = {key: points[key] if key in points else td.get(key) for key in self._entries}
         if self._places:  # sites are differentiated by a zero that is added; this run tells its shape, and is optimised away
             with torch.no_grad():
                 work = dense(td, self.in_keys)
@@ -345,10 +347,10 @@ class Pullback:
             keys += [key for key in self._program.in_keys if key not in keys]
         return keys
 
-    def check_inputs(self, td: TensorDictBase) -> None:
+    def check_inputs(self, td: TensorDictBase, points: Mapping[Wrt, Tensor]) -> None:
         """Raise for an entry that is missing or has no gradient."""
         for key in self._entries if self.target.by is None or self._by_output else [*self._entries, self.target.by]:
-            value = td.get(key)
+            value = points[key] if key in points else td.get(key)
             if value is None:
                 raise _missing([key], td)
             if key != self.target.by and not value.is_floating_point():

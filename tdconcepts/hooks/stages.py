@@ -10,7 +10,7 @@ from torch import nn
 from tdconcepts.errors import BadKey, BadType, nearest
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["check_module", "cut", "needed", "stages", "writer"]
+__all__ = ["check_module", "containers", "cut", "needed", "stages", "writer"]
 
 
 def check_module(module: object, what: str = "module") -> TensorDictModuleBase:
@@ -110,6 +110,11 @@ def needed(module: TensorDictModuleBase, outputs: Iterable[NestedKey], keep: Seq
     return kept if len(whole) == len(opened) or skips_tail else [module]
 
 
+def containers(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
+    """The sequentials that :func:`needed` takes apart: running their stages passes by what is hooked on them."""
+    return [module, *(inner for child in _children(module) for inner in containers(child) if _children(child))]
+
+
 def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | None:
     return next((i for i in range(len(found) - 1, -1, -1) if key in found[i].out_keys), None)
 
@@ -130,7 +135,8 @@ def _listed(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody hangs hooks on the container itself, which running its stages would pass by."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not getattr(hook, "inert", False) for hook in hooks)
 
 
 def _opened(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
