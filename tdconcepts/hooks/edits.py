@@ -25,7 +25,7 @@ class Edit:
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that this edit reads."""
-        return [v for v in vars(self).values() if isinstance(v, (str, tuple)) and v not in ("zero", "mean")]
+        return [v for v in vars(self).values() if isinstance(v, (str, tuple))]
 
     def __call__(self, value: Tensor, td: TensorDictBase | None) -> Tensor:
         raise NotImplementedError

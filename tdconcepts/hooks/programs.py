@@ -86,6 +86,8 @@ class Capture(_Adds):
             raise BadValue("nothing to capture", needed="sites, or their texts", fix='capture(model, "**") for every module')
         if stop and gradients is not None and not isinstance(gradients.of, Site):
             raise BadValue("a forward that stops early has no gradients of an output", fix="gradients=Target(Site(...), ...)")
+        if stop and any(site.call == "all" or (site.call or 0) < 0 for site in map(Site.parse, sites)):
+            raise BadValue("a forward that stops early has no last call", got=f"{list(sites)}", needed="call=0, 1, ... or none")
         if gradients is not None and not isinstance(gradients, Target):
             raise BadType("not a Target", got=repr(gradients), needed='gradients=Target("logits", 3)')
         for name, value in (
@@ -256,8 +258,9 @@ class _Apply:
         if isinstance(self.edit, Edit):
             new = self.edit(part, run.td)
         else:
+            part = part.clone()  # it may be edited in place, and what a module is given or passes on is the caller's
             new = outside(run, self.edit, part, run.td)
-            new = part if new is None else new  # edited in place
+            new = part if new is None else new
         return put(value, self.index, lead, checked_edit(new, part, self.name))
 
 

@@ -68,9 +68,11 @@ class Site:
             raise BadValue("not a call", got=repr(self.call), needed='None, an int such as 0 or -1, or "all"')
         if self.index is not None:
             index = self.index if isinstance(self.index, tuple) else (self.index,)
-            if sum(part is Ellipsis for part in index) > 1 or not all(map(_is_index, index)):
+            if not index or sum(part is Ellipsis for part in index) > 1 or not all(map(_is_index, index)):
                 raise BadValue("not an index", got=repr(self.index), needed="ints, slices, lists of ints and at most one ...")
             object.__setattr__(self, "index", index)
+        if isinstance(self.leaf, tuple) and len(self.leaf) == 1:
+            object.__setattr__(self, "leaf", self.leaf[0])
         object.__setattr__(self, "side", side)
         object.__setattr__(self, "path", self.path or _ROOT)
 
@@ -104,7 +106,8 @@ class Site:
         if match is None or not match["path"]:
             grammar = "path[:in|:out[.leaf]][index][@call], as in 'encoder.2:in[..., 4]'"
             raise BadValue("not a site", got=repr(text), needed=grammar)
-        leaf = tuple(int(part) if part.isdigit() else part for part in (match["leaf"] or "").split(".") if part)
+        parts = [part for part in (match["leaf"] or "").split(".") if part]
+        leaf = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts)
         return cls(
             match["path"],
             "input" if match["side"] == "in" else "output",
