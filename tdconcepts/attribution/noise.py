@@ -230,15 +230,16 @@ class _Moments:
 
     def add(self, key: NestedKey, group: Tensor) -> None:
         m = len(group)
-        if key not in self.state:
-            pivot = group[0]
-            zero = torch.zeros_like(pivot, dtype=torch.promote_types(pivot.dtype, torch.float32))
-            self.state[key] = (0, pivot, zero, zero)
-        n, pivot, mean, squares = self.state[key]
-        moved = (group - pivot).to(mean.dtype)
+        pivot = self.state[key][1] if key in self.state else group[0]
+        moved = (group - pivot).to(torch.promote_types(pivot.dtype, torch.float32))
         ours = moved.mean(0)
+        squares = (moved - ours).square().sum(0)
+        if key not in self.state:
+            self.state[key] = (m, pivot, ours, squares)
+            return
+        n, _, mean, before = self.state[key]
         delta = ours - mean
-        squares = squares + (moved - ours).square().sum(0) + delta.square() * (n * m / (n + m))
+        squares = before + squares + delta.square() * (n * m / (n + m))
         self.state[key] = (n + m, pivot, mean + delta * (m / (n + m)), squares)
 
     def mean(self, key: NestedKey) -> Tensor:

@@ -111,14 +111,14 @@ class IntegratedGradients(TensorDictModuleBase):
         self._explaining = this = Explaining(module, target, wrt, options, extra=self._delta_keys)
         self.module = module
         self.n_steps, self.method = n_steps, method
-        self._alphas, self._weights = (torch.tensor(part, dtype=torch.float64) for part in quadrature(method, n_steps))
+        self._rule = quadrature(method, n_steps)
+        self._rules: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         self.baseline = as_key(baseline) if isinstance(baseline, (str, tuple)) else baseline
         whole = this.pullback
         self._paths = [Pullback(module, target, list(group)) for group in self._groups(whole)]
-        first = BASELINE if self.baseline is None else self.baseline
-        keyed = isinstance(first, (str, tuple))
-        self._baseline_keys = {w: join(first, _name(w)) for w in (*whole.wrt, *module.in_keys)} if keyed else {}
-        needs = [as_key(self._baseline_keys[w]) for w in whole.wrt] if isinstance(self.baseline, (str, tuple)) else []
+        keyed = isinstance(self.baseline, (str, tuple))
+        self._baseline_at = self.baseline if keyed else BASELINE if self.baseline is None else None
+        needs = [as_key(join(self.baseline, _name(w))) for w in whole.wrt] if keyed else []
         self._written = dict(zip(whole.wrt, this.attribution_keys, strict=True))
         self.in_keys, self.out_keys = [*this.in_keys, *needs], this.out_keys
 
@@ -150,17 +150,17 @@ class IntegratedGradients(TensorDictModuleBase):
         totals: dict[Wrt, Tensor] = {}
         rows = rows_of(td, this.chunk_size, path.in_keys)
         others = [key for key in path.in_keys if key not in path.wrt]
+        kind = next(iter(ends.values()))
+        alphas, weights = self._rule_as(kind.dtype, kind.device)
         for group in groups(self.n_steps, rows, td.numel()):
-            n = len(group)
+            n, some = len(group), slice(group.start, group.stop)
             many = expand(td, n, others)
-            points = {w: spread(self._points(starts[w], steps[w], group), n, batch) for w in path.wrt}
+            points = {w: spread(_points(starts[w], steps[w], alphas[some]), n, batch) for w in path.wrt}
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
             pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
             for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
                 each = gather(gradient, n, batch)
-                wide = torch.promote_types(each.dtype, torch.float32)
-                weights = self._weights[group.start : group.stop].to(dtype=wide, device=each.device)
-                part = torch.tensordot(weights, each.to(wide), 1)
+                part = torch.tensordot(weights[some], each.to(weights.dtype), 1)
                 totals[w] = part if w not in totals else totals[w] + part
         several = any(totals[w].ndim > steps[w].ndim for w in path.wrt)
         found = {
@@ -172,10 +172,16 @@ class IntegratedGradients(TensorDictModuleBase):
             results[_delta_key(path.wrt)] = self._convergence(path, td, ends, starts, found, held)
         return results
 
-    def _points(self, start: Tensor | None, step: Tensor, group: range) -> Tensor:
-        alphas = self._alphas[group.start : group.stop].to(dtype=step.dtype, device=step.device)
-        moved = alphas.view(-1, *[1] * step.ndim) * step
-        return moved if start is None else start + moved
+    def _rule_as(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The points as tensors of a dtype, and the weights in float32 at least."""
+        found = self._rules.get((dtype, device))
+        if found is None:
+            wide = torch.promote_types(dtype, torch.float32)
+            points, weights = self._rule
+            found = torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+            if not torch.compiler.is_compiling():
+                self._rules[dtype, device] = found
+        return found
 
     def _convergence(
         self,
@@ -200,7 +206,7 @@ class IntegratedGradients(TensorDictModuleBase):
             return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
         (w,) = path.wrt
         _, ends = path.evaluate(td)
-        given = td.get(self._baseline_keys[w]) if self._baseline_keys else None
+        given = self._given_baseline(td, w)
         if given is not None:
             return ends, {w: _fit(given, ends[w], _name(w))}
         base = td.select(*path.in_keys, strict=False)
@@ -212,14 +218,18 @@ class IntegratedGradients(TensorDictModuleBase):
         return ends, dict(path.evaluate(base)[1])
 
     def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor | None:
-        if self._baseline_keys:
-            given = td.get(self._baseline_keys[w])
+        if self._baseline_at is not None:
+            given = self._given_baseline(td, w)
             if given is not None:
                 return _fit(given, end, _name(w))
             if self.baseline is not None and w in self._explaining.pullback.wrt:
-                raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(self._baseline_keys[w])}")
+                raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(join(self.baseline, _name(w)))}")
             return None
         return torch.full_like(end, self.baseline) if self.baseline else None  # type: ignore[arg-type]
+
+    def _given_baseline(self, td: TensorDictBase, w: Wrt) -> Tensor | None:
+        held = None if self._baseline_at is None else td.get(self._baseline_at)  # in two steps: a missing nested key is slow
+        return None if held is None else held.get(_name(w))
 
     def _delta_keys(self, this: Explaining) -> list[NestedKey]:
         return [_delta_key(group) for group in self._groups(this.pullback)] if self._delta else []
@@ -228,6 +238,11 @@ class IntegratedGradients(TensorDictModuleBase):
         """The paths: entries that the module reads together, every other place for itself."""
         entries = tuple(w for w in whole.wrt if not isinstance(w, Site) and w in whole.module.in_keys)
         return ([entries] if entries else []) + [(w,) for w in whole.wrt if w not in entries]
+
+
+def _points(start: Tensor | None, step: Tensor, alphas: Tensor) -> Tensor:
+    moved = alphas.view(-1, *[1] * step.ndim) * step
+    return moved if start is None else start + moved
 
 
 def _name(w: Wrt) -> NestedKey:

@@ -19,7 +19,7 @@ from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, check_writable, join
 
 __all__ = ["HELD", "Explaining", "Options", "check_options"]
 
-HELD = ("held", "target")  # where a wrapper tells its explainer which index "argmax" chose at the clean input
+HELD = "held target"  # one flat key: where a wrapper tells its explainer which index "argmax" chose at the clean input
 
 
 class Options(TypedDict, total=False):

@@ -152,7 +152,7 @@ class Pullback:
         self.check_inputs(td, points)
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
-        with _differentiable():
+        with torch.enable_grad() if not torch.is_inference_mode_enabled() else _differentiable():
             work = dense(td, self.in_keys)
             leaves: dict[Wrt, Tensor] = {}
             for key in self._entries:
@@ -420,10 +420,6 @@ def _missing(keys: list[NestedKey], td: TensorDictBase) -> BadKey:
 
 @contextlib.contextmanager
 def _differentiable() -> Any:
-    """Gradient mode on, whatever the caller is in: collectors run under ``no_grad``, some under ``inference_mode``."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    else:
-        with torch.enable_grad():
-            yield
+    """Gradient mode on, for a caller in ``inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
