@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Unpack
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
-from tdconcepts.hooks import Options, Target
+from tdconcepts.hooks import Options, Target, dispatch_rows
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
@@ -61,7 +61,7 @@ class Gradient(TensorDictModuleBase):
         self.module = module
         self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
 
-    @dispatch(auto_batch_size=False)
+    @dispatch_rows
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
@@ -86,7 +86,8 @@ class Gradient(TensorDictModuleBase):
     _needs_points = False
 
     def _combine(self, gradient: Tensor, point: Tensor) -> Tensor:
-        return gradient
+        shared = len(self._explaining.attribution_keys) > 1 or 0 in gradient.stride()
+        return gradient.clone() if shared else gradient  # autograd may give two inputs one tensor, or an expanded one
 
 
 class Saliency(Gradient):

@@ -76,7 +76,7 @@ class NeuronSelector:
 
     def __init__(self, selector: Selector) -> None:
         parts = selector if isinstance(selector, tuple) else (selector,)
-        if not callable(selector) and not (parts and all(type(p) is int or isinstance(p, slice) for p in parts)):
+        if not callable(selector) and not (parts and all(map(_is_index, parts))):
             raise BadType(
                 "not a neuron selector",
                 got=repr(selector),
@@ -110,4 +110,14 @@ class NeuronSelector:
                 needed=f"{len(row)} indices or slices, one for each dim of a row, each within it",
             )
         part = value[(slice(None),) * lead + index]
+        if not part.numel() and value.numel():
+            raise BadValue(
+                "no neuron is selected", got=f"neuron_selector={self.selector!r} in rows of shape {list(row)}"
+            )
         return part.flatten(lead).sum(-1) if part.ndim > lead else part
+
+
+def _is_index(part: object) -> bool:
+    if isinstance(part, slice):
+        return all(bound is None or type(bound) is int for bound in (part.start, part.stop, part.step))
+    return type(part) is int

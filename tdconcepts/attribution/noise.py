@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks import check_module, check_td
+from tdconcepts.hooks import check_module, check_td, dispatch_rows
 from tdconcepts.hooks.batching import check_chunk_size, expand, gather, groups, rows_of, slices, spread
 from tdconcepts.hooks.explaining import HELD
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
@@ -43,6 +44,7 @@ class SmoothGrad(TensorDictModuleBase):
 
     Raises:
         BadValue: a negative level, no draws, or a relative level for rows of one number. BadKey: noise that is not there.
+        BadType: integer entries only, so that there is nothing to add noise to.
 
     Source: Smilkov et al., *SmoothGrad: removing noise by adding noise*, 2017.
 
@@ -72,8 +74,8 @@ class SmoothGrad(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.explainer = check_module(explainer, "explainer")
-        if not isinstance(noise_level, (int, float)) or not noise_level >= 0:
-            raise BadValue("not a noise level", got=f"noise_level={noise_level!r}", needed="a number >= 0")
+        if not _is_level(noise_level):
+            raise BadValue("not a noise level", got=f"noise_level={noise_level!r}", needed="a finite number >= 0")
         if type(n_iter) is not int or n_iter < 1:
             raise BadValue("not a number of draws", got=f"n_iter={n_iter!r}", needed="an int >= 1")
         if not (noise is None or isinstance(noise, (torch.Generator, str, tuple))):
@@ -92,19 +94,20 @@ class SmoothGrad(TensorDictModuleBase):
             self._noisy = [key for key in explainer.in_keys if key in getattr(explained, "in_keys", explainer.in_keys)]
         keyed = [as_key(join(self.noise, key)) for key in self._noisy] if isinstance(self.noise, (str, tuple)) else []
         self.in_keys = [*explainer.in_keys, *keyed]
+        self.optional_keys = list(getattr(explainer, "optional_keys", ()))
 
-    @dispatch(auto_batch_size=False)
+    @dispatch_rows
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict`` under noise."""
         check_td(tensordict)
-        inputs = tensordict.select(*self.explainer.in_keys, strict=False)
+        keys = [*self.explainer.in_keys, *self.optional_keys]
+        inputs = tensordict.select(*keys, strict=False)
         held = self.hold(inputs) if tensordict.get(HELD) is None else tensordict.get(HELD)
         if held is not None:
             inputs.set(HELD, held)
         scales = self._scales(inputs)
-        keys = [*self.explainer.in_keys, *([] if held is None else [HELD])]
-        others = [key for key in keys if key not in scales]
+        others = [key for key in (*keys, HELD) if key not in scales]
         rows = rows_of(inputs, self.chunk_size, keys)
         pieces = [(index, part, _Moments()) for index, part in slices(inputs, rows)]
         for group in groups(self.n_iter, rows, inputs.numel()):
@@ -151,9 +154,18 @@ class SmoothGrad(TensorDictModuleBase):
                     )
                 low, high = row.detach().aminmax(dim=-1)
                 scales[key] = self.noise_level * (high - low).reshape(high.shape + (1,) * (value.ndim - td.batch_dims))
+        if not scales:
+            raise BadType(
+                "there is nothing to add noise to",
+                got=f"{', '.join(map(key_text, self._noisy))}, without a floating-point entry among them",
+                needed="a floating-point entry",
+                fix="make the embedding a stage of its own, and explain the stages after it by its entry",
+            )
         return scales
 
-    def _draw(self, td: TensorDictBase, scales: Mapping[NestedKey, Tensor | float], group: range) -> dict[NestedKey, Tensor]:
+    def _draw(
+        self, td: TensorDictBase, scales: Mapping[NestedKey, Tensor | float], group: range
+    ) -> dict[NestedKey, Tensor]:
         """The noise of the draws in ``group``, ``[n, *B, ...]``; a draw is always made for the whole batch at once."""
         values = {key: td.get(key) for key in scales}
         if isinstance(self.noise, torch.Generator):
@@ -173,12 +185,14 @@ class SmoothGrad(TensorDictModuleBase):
         return noise
 
     def _given(self, td: TensorDictBase, key: NestedKey, value: Tensor) -> Tensor:
-        given = td.get(join(self.noise, key))
+        group = td.get(self.noise)
+        given = group.get(key) if isinstance(group, TensorDictBase) else None
         lead = td.batch_dims
         need = (*td.batch_size, self.n_iter, *value.shape[lead:])
         if given is None or given.shape != need:
+            what = f"noise for {key_text(key)}"
             raise (BadKey if given is None else BadValue)(
-                f"no noise for {key_text(key)}" if given is None else f"the noise for {key_text(key)} has another shape",
+                f"no {what}" if given is None else f"the {what} has another shape",
                 got=f"no entry {join(self.noise, key)}" if given is None else f"{list(given.shape)}",
                 needed=f"{join(self.noise, key)} of shape {list(need)}",
             )
@@ -220,6 +234,10 @@ class VarGrad(SmoothGrad):
 
     def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
         return moments.variance(key)
+
+
+def _is_level(noise_level: object) -> bool:
+    return isinstance(noise_level, (int, float)) and not isinstance(noise_level, bool) and 0 <= noise_level < math.inf
 
 
 class _Moments:

@@ -7,11 +7,11 @@ from typing import Literal, TypeAlias, Unpack
 import numpy
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadValue
-from tdconcepts.hooks import Options, Site, Target
+from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks import Options, Site, Target, dispatch_rows
 from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.pullback import Pullback, Wrt
@@ -41,7 +41,8 @@ def quadrature(method: Quadrature, n_steps: int) -> tuple[list[float], list[floa
         ([0.0, 0.5, 1.0], [0.25, 0.5, 0.25])
     """
     if method not in _METHODS:
-        raise BadValue("no such quadrature", got=f"method={method!r}", needed="one of " + ", ".join(map(repr, _METHODS)))
+        known = "one of " + ", ".join(map(repr, _METHODS))
+        raise BadValue("no such quadrature", got=f"method={method!r}", needed=known)
     if type(n_steps) is not int or n_steps < 1:
         raise BadValue("not a number of steps", got=f"n_steps={n_steps!r}", needed="an int >= 1")
     n = n_steps
@@ -63,8 +64,9 @@ class IntegratedGradients(TensorDictModuleBase):
     | | ``("convergence_delta", *k)`` ``[*B]``, on request |
 
     Entries are moved together, as one input (their delta is one number, under ``("convergence_delta", "joint")`` where
-    there are several); each site, and each entry between stages, is a path of its own, from its value at the baseline of
-    the inputs. ``"argmax"`` is chosen once, at the input. With several targets one more dim of size T follows the batch.
+    there are several); each site, and each entry between stages, is a path of its own, from ``("baseline", *k)`` or else
+    from its value at the baseline of the inputs. ``"argmax"`` is chosen once, at the input. With several targets one more
+    dim of size T follows the batch.
 
     Args:
         module: a TensorDictModule.
@@ -73,12 +75,14 @@ class IntegratedGradients(TensorDictModuleBase):
         n_steps: points on the path.
         method: see :func:`quadrature`; the weights sum to one.
         baseline: where the path begins: a number; the first part of the keys that hold it (then it must be there); or None
-            (default): ``("baseline", *k)`` where the TensorDict has it, else zero. It broadcasts to ``k``.
+            (default): ``("baseline", *k)`` where the TensorDict has it, else zero. It broadcasts to ``k``, row by row.
+            Integer entries keep their values, unless ``("baseline", *k)`` has others.
         convergence_delta: also write :math:`\sum_i a_i - (y(w) - y(w_0))`, zero for an exact integral.
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: no such method, no steps, a baseline of another shape. BadKey: a baseline that is not there.
+        BadValue: no such method, no steps, a baseline of another shape, a site with one value along the whole path.
+        BadType: a baseline that is no number and no key. BadKey: a baseline that is not there.
 
     Source: Sundararajan et al., *Axiomatic attribution for deep networks*, 2017 (equation 1; completeness: proposition 1).
 
@@ -113,16 +117,17 @@ class IntegratedGradients(TensorDictModuleBase):
         self.n_steps, self.method = n_steps, method
         self._rule = quadrature(method, n_steps)
         self._rules: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-        self.baseline = as_key(baseline) if isinstance(baseline, (str, tuple)) else baseline
+        self.baseline = _checked(baseline)
         whole = this.pullback
         self._paths = [Pullback(module, target, list(group)) for group in self._groups(whole)]
-        keyed = isinstance(self.baseline, (str, tuple))
-        self._baseline_at = self.baseline if keyed else BASELINE if self.baseline is None else None
-        needs = [as_key(join(self.baseline, _name(w))) for w in whole.wrt] if keyed else []
+        self._baseline_at = BASELINE if self.baseline is None or isinstance(self.baseline, float) else self.baseline
+        at = [as_key(join(self._baseline_at, key)) for key in dict.fromkeys([*whole.names, *module.in_keys])]
+        needs = at[: len(whole.names)] if self.baseline is self._baseline_at else []
+        self.optional_keys = [key for key in at if key not in needs]  # read where they are there
         self._written = dict(zip(whole.wrt, this.attribution_keys, strict=True))
         self.in_keys, self.out_keys = [*this.in_keys, *needs], this.out_keys
 
-    @dispatch(auto_batch_size=False)
+    @dispatch_rows
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
@@ -130,17 +135,20 @@ class IntegratedGradients(TensorDictModuleBase):
 
     def hold(self, tensordict: TensorDictBase) -> Tensor | None:
         """The index that the target's ``"argmax"`` chooses here."""
-        return self._explaining.pullback.hold(tensordict)
+        return self._paths[0].hold(tensordict)  # which runs no more of the module than the target needs
 
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
-        this = self._explaining
-        held = this.pullback.hold(td) if held is None else held
+        this, outputs = self._explaining, {}
+        if this.outputs:  # the module runs once: what it samples is what is written, and what by= means
+            with torch.set_grad_enabled(this.create_graph):
+                outputs = this.written(self.module(td.select(*self.module.in_keys, strict=False)))
+            by = this.pullback.target.by
+            td = td.copy().set(by, outputs[by]) if by in outputs else td
+        held = self.hold(td) if held is None else held
         results: dict[NestedKey, Tensor] = {}
         for path in self._paths:
             results |= self._along(path, td, held)
-        if this.outputs:
-            results |= this.written(this.pullback(td, held=held).outputs)
-        return results
+        return results | outputs
 
     def _along(self, path: Pullback, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         """One path: the points on it as rows of one batch, within the chunk, and their weighted sum."""
@@ -150,17 +158,16 @@ class IntegratedGradients(TensorDictModuleBase):
         totals: dict[Wrt, Tensor] = {}
         rows = rows_of(td, this.chunk_size, path.in_keys)
         others = [key for key in path.in_keys if key not in path.wrt]
-        kind = next(iter(ends.values()))
-        alphas, weights = self._rule_as(kind.dtype, kind.device)
         for group in groups(self.n_steps, rows, td.numel()):
             n, some = len(group), slice(group.start, group.stop)
             many = expand(td, n, others)
-            points = {w: spread(_points(starts[w], steps[w], alphas[some]), n, batch) for w in path.wrt}
+            points = {w: spread(self._points(starts[w], steps[w], some), n, batch) for w in path.wrt}
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
             pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
             for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
                 each = gather(gradient, n, batch)
-                part = torch.tensordot(weights[some], each.to(weights.dtype), 1)
+                weights = self._rule_as(each.dtype, each.device)[1][some]
+                part = torch.tensordot(weights, each.to(weights.dtype), 1)
                 totals[w] = part if w not in totals else totals[w] + part
         several = any(totals[w].ndim > steps[w].ndim for w in path.wrt)
         found = {
@@ -178,74 +185,14 @@ class IntegratedGradients(TensorDictModuleBase):
         if found is None:
             wide = torch.promote_types(dtype, torch.float32)
             points, weights = self._rule
-            found = torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
-            if not torch.compiler.is_compiling():
-                self._rules[dtype, device] = found
+            if torch.compiler.is_compiling():
+                return torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+            with torch.inference_mode(False):  # what is kept must serve a later call outside too
+                found = torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+            self._rules[dtype, device] = found
         return found
 
-    def _convergence(
-        self,
-        path: Pullback,
-        td: TensorDictBase,
-        ends: dict[Wrt, Tensor],
-        starts: dict[Wrt, Tensor | None],
-        found: dict[Wrt, Tensor],
-        held: Tensor | None,
-    ) -> Tensor:
-        after, _ = path.evaluate(td, ends, held)
-        zeros = {w: torch.zeros_like(ends[w]) if start is None else start for w, start in starts.items()}
-        before, _ = path.evaluate(td, zeros, held)
-        total = sum(a.flatten(after.ndim).sum(-1) if a.ndim > after.ndim else a for a in found.values())
-        return (total - (after - before)).detach()
-
-    def _ends(self, path: Pullback, td: TensorDictBase) -> tuple[dict[Wrt, Tensor], dict[Wrt, Tensor | None]]:
-        """Where the path ends and where it starts (None for zero), for each of its *wrt*."""
-        if not path.is_inner:
-            ends: dict[Wrt, Tensor] = {w: td.get(w) for w in path.wrt}  # type: ignore[arg-type]
-            path.check_inputs(td, {})
-            return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
-        (w,) = path.wrt
-        _, ends = path.evaluate(td)
-        given = self._given_baseline(td, w)
-        if given is not None:
-            return ends, {w: _fit(given, ends[w], _name(w))}
-        base = td.select(*path.in_keys, strict=False)
-        for key in self.module.in_keys:
-            value = base.get(key)
-            if value is not None and value.is_floating_point():
-                start = self._baseline(td, key, value)
-                base.set(key, torch.zeros_like(value) if start is None else start)
-        return ends, dict(path.evaluate(base)[1])
-
-    def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor | None:
-        if self._baseline_at is not None:
-            given = self._given_baseline(td, w)
-            if given is not None:
-                return _fit(given, end, _name(w))
-            if self.baseline is not None and w in self._explaining.pullback.wrt:
-                raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(join(self.baseline, _name(w)))}")
-            return None
-        return torch.full_like(end, self.baseline) if self.baseline else None  # type: ignore[arg-type]
-
-    def _given_baseline(self, td: TensorDictBase, w: Wrt) -> Tensor | None:
-        held = None if self._baseline_at is None else td.get(self._baseline_at)  # in two steps: a missing nested key is slow
-        return None if held is None else held.get(_name(w))
-
-    def _delta_keys(self, this: Explaining) -> list[NestedKey]:
-        return [_delta_key(group) for group in self._groups(this.pullback)] if self._delta else []
-
-    def _groups(self, whole: Pullback) -> list[tuple[Wrt, ...]]:
-        """The paths: entries that the module reads together, every other place for itself."""
-        entries = tuple(w for w in whole.wrt if not isinstance(w, Site) and w in whole.module.in_keys)
-        return ([entries] if entries else []) + [(w,) for w in whole.wrt if w not in entries]
-
-
-def _points(start: Tensor | None, step: Tensor, alphas: Tensor) -> Tensor:
-    moved = alphas.view(-1, *[1] * step.ndim) * step
-    return moved if start is None else start + moved
-
-
-def _name(w: Wrt) -> NestedKey:
+    def _name(w: Wrt) -> NestedKey:
     return w.key if isinstance(w, Site) else w
 
 
@@ -253,12 +200,29 @@ def _delta_key(group: tuple[Wrt, ...]) -> NestedKey:
     return join(CONVERGENCE_DELTA, _name(group[0]) if len(group) == 1 else "joint")
 
 
+def _checked(baseline: object) -> NestedKey | float | None:
+    if baseline is None:
+        return None
+    if isinstance(baseline, (str, tuple)):
+        return as_key(baseline)
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
+        return float(baseline)
+    raise BadType(
+        "not a baseline",
+        got=f"a {type(baseline).__name__}",
+        needed="a number, the first part of the keys that hold it, or None",
+        fix='td["baseline", "observation"] = ..., a value for each row, and baseline=None',
+    )
+
+
 def _fit(given: Tensor, end: Tensor, name: NestedKey) -> Tensor:
+    """A baseline ``[*B, ...]`` in the shape of ``end``: its dims are the first ones, as an entry's are the batch."""
     try:
-        return given.to(dtype=end.dtype, device=end.device).expand(end.shape)
+        rows = given.reshape(*given.shape, *[1] * (end.ndim - given.ndim))
+        return rows.to(dtype=end.dtype, device=end.device).expand(end.shape)
     except RuntimeError:
         raise BadValue(
             f"the baseline of {key_text(name)} has another shape",
             got=f"{list(given.shape)}",
-            needed=f"a shape that broadcasts to {list(end.shape)}",
+            needed=f"a shape that broadcasts to {list(end.shape)}, row by row",
         ) from None

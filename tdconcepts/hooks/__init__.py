@@ -1,6 +1,7 @@
 """How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
 
 from tdconcepts.hooks.edits import Ablate, Add, Edit, Replace, Scale
+from tdconcepts.hooks.calling import dispatch_rows
 from tdconcepts.hooks.contexts import Bound
 from tdconcepts.hooks.explaining import Options
 from tdconcepts.hooks.hooked import Hooked, check_td
@@ -25,6 +26,7 @@ __all__ = [
     "Target",
     "anchor",
     "check_module",
+    "dispatch_rows",
     "cut",
     "locate",
     "needed",

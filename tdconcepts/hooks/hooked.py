@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
 
 from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks.calling import dispatch_rows
 from tdconcepts.hooks.contexts import Bound, Plan, Run, Stop, enter, leave, run_under
 from tdconcepts.hooks.pullback import Pullback
 from tdconcepts.hooks.stages import check_module
@@ -83,7 +84,7 @@ class Hooked(TensorDictModuleBase):
         self._apart = self._stops or any(bound.edit_inputs for bound in self._bound)
         check_writable(extra_out, self.in_keys)
 
-    @dispatch(auto_batch_size=False)
+    @dispatch_rows
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Run the module once under the program."""

@@ -1,0 +1,67 @@
+"""How our modules are called: with a TensorDict, or with tensors whose first dim is the batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict, is_tensor_collection
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadType, nearest
+from tdconcepts.keys import join
+
+__all__ = ["dispatch_rows"]
+
+
+def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a TensorDictModule's ``forward(self, tensordict)`` be called with tensors, as tensordict's ``dispatch`` does.
+
+    Tensors are given in the order of ``in_keys``, or by name (parts of a nested key joined by ``_``); the entries of
+    ``out_keys`` come back, one tensor or a tuple. The difference is the batch: where some tensor has two dims or more and
+    all share the first, that is the batch; else the tensors are one row.
+
+    Raises:
+        BadType: too many tensors, or one given twice. BadKey: a name that is none.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient, Target
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> Gradient(net, Target("y", 0))(torch.zeros(3, 4)).shape, Gradient(net, Target("y", 0))(x=torch.zeros(4)).shape
+        (torch.Size([3, 4]), torch.Size([4]))
+    """
+
+    @functools.wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and is_tensor_collection(args[0]):
+            return forward(self, *args, **kwargs)
+        if "tensordict" in kwargs and not args:
+            return forward(self, kwargs.pop("tensordict"), **kwargs)
+        out = forward(self, _packed(list(self.in_keys), args, kwargs))
+        found = tuple(out.get(key) for key in self.out_keys)
+        return found[0] if len(found) == 1 else found
+
+    return call
+
+
+def _packed(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TensorDict:
+    names = {"_".join(join(key)): key for key in in_keys}
+    if len(args) > len(in_keys):
+        raise BadType("too many tensors", got=f"{len(args)} for in_keys {in_keys}", needed=f"{len(in_keys)} at most")
+    given = dict(zip(in_keys, args, strict=False))
+    for name, value in kwargs.items():
+        if name not in names:
+            raise BadKey(f"no input {name!r}", got=name, needed=nearest(name, list(names)))
+        if names[name] in given:
+            raise BadType(f"the input {name!r} is given twice", needed="by position or by name")
+        given[names[name]] = value
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    first = {value.shape[:1] for value in tensors}
+    batched = len(first) == 1 and any(value.ndim > 1 for value in tensors)
+    td = TensorDict({}, batch_size=first.pop() if batched else torch.Size([]))
+    for key, value in given.items():
+        td.set(key, value)
+    return td
