@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)  # the nets are small, and the test workers share the cores
+torch.set_num_threads(1)  # the nets are small: more threads only cost
 
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)

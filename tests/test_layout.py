@@ -3,10 +3,13 @@
 import ast
 import re
 import statistics
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tdconcepts"
@@ -251,6 +254,16 @@ def test_only_rl_imports_torchrl(module):
 @pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "hooks"])
 def test_only_hooks_reach_inside_a_model(module):
     assert reaches_inside(parse(module)) == []
+
+
+def test_every_dependency_is_pinned_to_a_version_it_allows():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "scale"}  # not tested
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    needed = [Requirement(text) for text in [*project["dependencies"], *sum(extras.values(), [])]]
+    needed = [need for need in needed if need.name != project["name"]]
+    assert [str(n) for n in needed if not n.specifier.contains(pins.get(canonicalize_name(n.name), "0"))] == []
 
 
 # ------------------------------------------------------------------------------------------- the rules can fail too
