@@ -261,7 +261,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows():
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "scale"}  # not tested
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
     pins = {canonicalize_name(name): version for name, version in pins.items()}
-    needed = [Requirement(text) for text in [*project["dependencies"], *sum(extras.values(), [])]]
+    needed = [Requirement(text) for texts in (project["dependencies"], *extras.values()) for text in texts]
     needed = [need for need in needed if need.name != project["name"]]
     assert [str(n) for n in needed if not n.specifier.contains(pins.get(canonicalize_name(n.name), "0"))] == []
 
