@@ -186,13 +186,102 @@ class IntegratedGradients(TensorDictModuleBase):
             wide = torch.promote_types(dtype, torch.float32)
             points, weights = self._rule
             if torch.compiler.is_compiling():
-                return torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+                return torch.tensor(points, dtype=dtype, device=device), torch.tensor(
+                    weights, dtype=wide, device=device
+                )
             with torch.inference_mode(False):  # what is kept must serve a later call outside too
-                found = torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+                found = (
+                    torch.tensor(points, dtype=dtype, device=device),
+                    torch.tensor(weights, dtype=wide, device=device),
+                )
             self._rules[dtype, device] = found
         return found
 
-    def _name(w: Wrt) -> NestedKey:
+    def _points(self, start: Tensor | None, step: Tensor, some: slice) -> Tensor:
+        alphas = self._rule_as(step.dtype, step.device)[0][some]
+        moved = alphas.view(-1, *[1] * step.ndim) * step
+        return moved if start is None else start + moved
+
+    def _convergence(
+        self,
+        path: Pullback,
+        td: TensorDictBase,
+        ends: dict[Wrt, Tensor],
+        starts: dict[Wrt, Tensor | None],
+        found: dict[Wrt, Tensor],
+        held: Tensor | None,
+    ) -> Tensor:
+        after, _ = path.evaluate(td, ends, held)
+        zeros = {w: torch.zeros_like(ends[w]) if start is None else start for w, start in starts.items()}
+        before, _ = path.evaluate(td, zeros, held)
+        total = sum(a.flatten(after.ndim).sum(-1) if a.ndim > after.ndim else a for a in found.values())
+        return (total - (after - before)).detach()
+
+    def _ends(self, path: Pullback, td: TensorDictBase) -> tuple[dict[Wrt, Tensor], dict[Wrt, Tensor | None]]:
+        """Where the path ends and where it starts (None for zero), for each of its *wrt*."""
+        if not path.is_inner:
+            ends: dict[Wrt, Tensor] = {w: td.get(w) for w in path.wrt}  # type: ignore[arg-type]
+            path.check_inputs(td, {})
+            return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
+        (w,) = path.wrt
+        _, ends = path.evaluate(td)
+        given = None if isinstance(self.baseline, float) else self._given_baseline(td, w)
+        if given is not None:
+            return ends, {w: _fit(given, ends[w], _name(w))}
+        base = td.select(*path.in_keys, strict=False)
+        unmoved = []
+        for key in self.module.in_keys:
+            value = base.get(key)
+            if not isinstance(value, Tensor):
+                continue
+            if value.is_floating_point():
+                start = self._baseline(td, key, value)
+                base.set(key, torch.zeros_like(value) if start is None else start)
+            elif (given := self._given_baseline(td, key)) is not None:
+                base.set(key, _fit(given, value, key))
+            else:
+                unmoved.append(key)
+        starts = path.evaluate(base)[1]
+        if unmoved and not torch.compiler.is_compiling() and ends[w].numel() and torch.equal(starts[w], ends[w]):
+            raise BadValue(
+                f"{key_text(_name(w))} has one value along the whole path",
+                got=f"integer inputs {unmoved}, which stay as they are",
+                needed="a baseline",
+                fix=f"td[{join(BASELINE, _name(w))}], its value there, or td[{join(BASELINE, unmoved[0])}]",
+            )
+        return ends, dict(starts)
+
+    def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor | None:
+        if isinstance(self.baseline, float):
+            return torch.full_like(end, self.baseline) if self.baseline else None
+        given = self._given_baseline(td, w)
+        if given is not None:
+            return _fit(given, end, _name(w))
+        if self.baseline is not None and w in self._explaining.pullback.wrt:
+            raise BadKey(f"no baseline for {_name(w)!r}", got=f"no entry {key_text(join(self.baseline, _name(w)))}")
+        return None
+
+    def _given_baseline(self, td: TensorDictBase, w: Wrt) -> Tensor | None:
+        held = td.get(self._baseline_at)  # in two steps: a missing nested key is slow
+        if isinstance(held, Tensor):
+            raise BadKey(
+                f"{key_text(self._baseline_at)} is an entry, not a group of baselines",
+                got=f"shape {list(held.shape)}",
+                needed=key_text(join(self._baseline_at, _name(w))),
+                fix='baseline=0.0, or baseline="another group"',
+            )
+        return None if held is None else held.get(_name(w))
+
+    def _delta_keys(self, this: Explaining) -> list[NestedKey]:
+        return [_delta_key(group) for group in self._groups(this.pullback)] if self._delta else []
+
+    def _groups(self, whole: Pullback) -> list[tuple[Wrt, ...]]:
+        """The paths: entries that the module reads together, every other place for itself."""
+        entries = tuple(w for w in whole.wrt if not isinstance(w, Site) and w in whole.module.in_keys)
+        return ([entries] if entries else []) + [(w,) for w in whole.wrt if w not in entries]
+
+
+def _name(w: Wrt) -> NestedKey:
     return w.key if isinstance(w, Site) else w
 
 
