@@ -1,5 +1,7 @@
 """How sphinx builds these pages: `make docs`."""
 
+import re
+
 import tdconcepts  # noqa: F401 - an environment without the package gives this error, not a page of them
 
 project = "tdconcepts"
@@ -14,3 +16,23 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 myst_heading_anchors = 3
+
+
+def tables(app, what, name, obj, options, lines: list[str]) -> None:
+    """A markdown table in a docstring, which help() shows as it is, becomes a list-table."""
+    out: list[str] = []
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        cells = [cell.strip() for cell in re.split(r"(?<=\s)\|(?=\s)", line.strip().strip("|"))]
+        if line.lstrip().startswith("|") and re.fullmatch(r"\s*\|[-:| ]+\|\s*", following):
+            out += [".. list-table::", "   :header-rows: 1", ""]
+        elif re.fullmatch(r"\s*\|[-:| ]+\|\s*", line):
+            continue
+        if re.fullmatch(r"\s*\|.*\|\s*", line):
+            out += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(cells)]
+        else:
+            out.append(line)
+    lines[:] = out
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", tables)
