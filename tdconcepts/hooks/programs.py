@@ -112,7 +112,8 @@ class Capture(_Adds):
         found = list(
             {place.name: place for site in self.sites for place in places(module, site, paths)}.values()
         )  # a place that two globs match is captured once
-        overwritten = any(getattr(inner, "inplace", False) is True for inner in module.modules())
+        inner = [m for m in module.modules() if not isinstance(m, TensorDictModuleBase)]  # their inplace= is another one
+        overwritten = any(getattr(m, "inplace", False) is True for m in inner)
         steps: list[Step] = []
         for place in found:
             if self.gradients is not None:
