@@ -88,46 +88,45 @@ def intervention_curve(
 
 def over_time(
     rows: Sequence[str],
-    columns: Mapping[str, Mapping[str, Tensor | tuple[Tensor, Tensor]]],
+    columns: Mapping[str, Tensor | Mapping[str, Tensor]],
     *,
+    groups: Mapping[str, Tensor] | None = None,
     xlabel: str = "step",
     title: str = "",
 ) -> Figure:
-    """A grid of time series: one row for each feature, one column for each quantity, one line for each series.
-
-    States and what explains them stand side by side, over the same steps.
+    """A grid of time series, states beside what explains them: a row for each feature, a column for each quantity.
 
     Args:
-        rows: the features' names, with their units; F of them.
-        columns: title -> {series name -> ``[T, F]``, or a pair (``[T, F]``, half width of a band ``[T, F]``)}.
+        rows: the features' names, with their units after a comma; F of them.
+        columns: title -> ``[T, F]``, or {series name -> ``[T, F]``}.
+        groups: name -> ``[T]``, True where a step belongs to the group (an action, say). Every column but the first is
+            then drawn as marks, a colour and shape for each group: what changes sign with the action stays legible.
         xlabel, title: texts.
 
     Raises:
-        BadValue: nothing to draw, or a series that isn't ``[T, F]``. MissingExtra: matplotlib is not installed.
+        BadValue: nothing to draw, a series that isn't ``[T, F]``, a group that isn't ``[T]``.
+        MissingExtra: matplotlib is not installed.
     """
     _need_some(rows, "rows")
     _need_some(columns, "columns")
-    size = (3.3 * len(columns) + 0.6, 1.6 * len(rows) + 1.2)
+    size = (2.9 * len(columns) + 0.9, 1.55 * len(rows) + 1.2)
     figure, grid = new_figure(len(rows), len(columns), size=size, sharex=True)
     if title:
         figure.suptitle(title)
-    for column, (heading, series) in enumerate(columns.items()):
-        for number, (name, given) in enumerate(series.items()):
-            value, band = (t.detach().cpu() if t is not None else None for t in _pair(given))
-            if value is None or value.ndim != 2 or value.shape[1] != len(rows) or _differs(value, band):
-                raise BadValue(f"the series {name!r} does not fit", got=_shape(value), needed=f"[T, {len(rows)}]")
-            colour = COLOURS[(number + (column > 0)) % len(COLOURS)]
-            for row, axes in enumerate(grid[:, column]):
-                y = value[:, row].numpy()
-                axes.plot(range(len(y)), y, color=colour, ls=DASHES[number % 7], lw=1.3, label=name)
-                if band is not None:
-                    half = band[:, row].numpy()
-                    axes.fill_between(range(len(y)), y - half, y + half, color=colour, alpha=0.2, linewidth=0)
+    for column, (heading, given) in enumerate(columns.items()):
+        series = given if isinstance(given, Mapping) else {"": given}
         grid[0, column].set_title(heading)
         grid[-1, column].set_xlabel(xlabel)
-        if any(series):
-            handles, labels = grid[0, column].get_legend_handles_labels()
-            grid[-1, column].legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.4), frameon=False)
+        marks = groups if groups and column else None
+        for number, (name, value) in enumerate(series.items()):
+            if value.ndim != 2 or value.shape[1] != len(rows):
+                raise BadValue(f"{name or heading!r} does not fit", got=_shape(value), needed=f"[T, {len(rows)}]")
+            for row, axes in enumerate(grid[:, column]):
+                _draw_series(axes, value[:, row].detach().cpu(), number, name, marks)
+        handles, labels = grid[0, column].get_legend_handles_labels()
+        if labels:
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42)}
+            grid[-1, column].legend(handles, labels, **place, frameon=False, markerscale=2.0)
     for row, name in enumerate(rows):
         grid[row, 0].set_ylabel(name.replace(", ", "\n"))
         for axes in grid[row]:
@@ -164,7 +163,13 @@ def interval_plot(
         if single:
             spread = (torch.arange(len(single)) * 0.618034) % 1.0 * 0.44 - 0.22  # a fixed scatter, not a random one
             axes.scatter(single, number + spread.numpy(), s=9, color="#999999", alpha=0.5, linewidth=0, zorder=1)
-        bar = {"xerr": [[mean - low], [high - mean]], "ecolor": COLOURS[0], "elinewidth": 2.2, "capsize": 6, "capthick": 2.2}
+        bar = {
+            "xerr": [[mean - low], [high - mean]],
+            "ecolor": COLOURS[0],
+            "elinewidth": 2.2,
+            "capsize": 6,
+            "capthick": 2.2,
+        }
         axes.errorbar([mean], [number], **bar, marker="o", markersize=6.5, color=COLOURS[1], zorder=3)
     axes.set_yticks(range(len(means)), list(means))
     axes.set_ylim(len(means) - 0.4, -0.6)
@@ -193,16 +198,21 @@ def _values(part: Series) -> list[float]:
     return [float(value) for value in part]
 
 
-def _pair(given: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    return given if isinstance(given, tuple) else (given, None)
+def _draw_series(axes: Axes, value: Tensor, number: int, name: str, groups: Mapping[str, Tensor] | None) -> None:
+    steps = torch.arange(len(value))
+    if groups is None:
+        axes.plot(steps, value, color=COLOURS[number % 7], ls=DASHES[number % 7], lw=1.3, label=name or None)
+        return
+    for place, (group, member) in enumerate(groups.items()):
+        if member.shape != value.shape:
+            raise BadValue(f"the group {group!r} does not fit", got=_shape(member), needed=f"[{len(value)}]")
+        member = member.detach().cpu().bool()
+        colour, marker, label = COLOURS[place % 7], MARKERS[place % 7], f"{name} {group}".strip()
+        axes.scatter(steps[member], value[member], s=7, linewidth=0, color=colour, marker=marker, label=label)
 
 
-def _differs(value: Tensor, band: Tensor | None) -> bool:
-    return band is not None and band.shape != value.shape
-
-
-def _shape(value: Tensor | None) -> str:
-    return "nothing" if value is None else f"shape {list(value.shape)}"
+def _shape(value: Tensor) -> str:
+    return f"shape {list(value.shape)}"
 
 
 def _need_some(given: Mapping[str, object] | Sequence[object], what: str) -> None:

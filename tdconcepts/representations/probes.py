@@ -94,9 +94,7 @@ def _solve(z: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, 
     centred = z - mean
     squares, axes = torch.linalg.eigh(centred.T @ centred)
     squares = squares.clamp(min=0.0) + ridge
-    kept = (
-        squares > squares.amax() * len(squares) * torch.finfo(z.dtype).eps
-    )  # without a ridge: the least-norm solution
+    kept = squares > squares.amax() * len(squares) * torch.finfo(z.dtype).eps
     scale = torch.where(kept, 1.0 / torch.where(kept, squares, 1.0), 0.0)
     weight = axes @ (scale * (axes.T @ (centred.T @ (y - centre))))
     return weight, centre - mean @ weight, mean, centre

@@ -118,7 +118,7 @@ def explain_rollout(
     steps = _steps(explainer, rollout)
     counts = None if mask is None else _mask(rollout, as_key(mask))
     width = max(1, len(steps)) if chunk_size is None else chunk_size
-    explained = []
+    explained: list[TensorDictBase] = []
     with set_interaction_type(exploration_type):
         for start in range(0, max(1, len(steps)), width):
             rows = steps[start : start + width]

@@ -1,0 +1,1 @@
+"""The main job: one command that explains and intervenes on real models, and writes a page about it."""
