@@ -21,7 +21,7 @@ class Gradient(TensorDictModuleBase):
 
     | reads | writes |
     |---|---|
-    | the entries that the target depends on, and ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
+    | what the target depends on, and its ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
 
     With several targets there is one more dim of size T right after the batch dims. For a site, ``k`` is its text.
 

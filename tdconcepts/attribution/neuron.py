@@ -19,7 +19,7 @@ __all__ = ["NeuronGradient", "NeuronSelector"]
 Selector: TypeAlias = int | slice | tuple[int | slice, ...] | Callable[[Tensor], Tensor]
 
 
-def NeuronGradient(
+def NeuronGradient(  # noqa: N802 (a constructor, under Captum's name)
     module: TensorDictModuleBase,
     layer: str | Site,
     neuron_selector: Selector,
@@ -38,8 +38,9 @@ def NeuronGradient(
     Args:
         module: a TensorDictModule.
         layer: the path of the layer, or a site.
-        neuron_selector: which neuron: an int, for layers whose rows are vectors; a tuple of ints and slices, one for each
-            dim of a row, where slices sum; a slice, which sums; or a callable from the layer's value to one number a row.
+        neuron_selector: which neuron: an int, for layers whose rows are vectors; a tuple of ints and slices, one for
+            each dim of a row, where slices sum; a slice, which sums; or a callable from the layer's value to one number
+            a row.
         attribute_to_neuron_input: a neuron of the layer's input in place of its output.
         wrt: entries and sites; default: all entries that the module reads.
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
@@ -53,7 +54,8 @@ def NeuronGradient(
         >>> import torch
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
-        >>> net = TensorDictModule(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), ["x"], ["y"])
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = TensorDictModule(net, ["x"], ["y"])
         >>> td = NeuronGradient(net, "0", 5)(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
         >>> torch.equal(td["attribution", "x"][0], net.module[0].weight[5])
         True

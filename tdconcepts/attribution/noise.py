@@ -26,7 +26,7 @@ class SmoothGrad(TensorDictModuleBase):
 
     | reads | writes |
     |---|---|
-    | what the explainer reads; with ``noise=``, ``(noise, *k)`` ``[*B, n, ...]`` | what the explainer writes, averaged |
+    | what the explainer reads; for ``noise=`` a key, ``(noise, *k)`` ``[*B, n, ...]`` | what the explainer writes |
 
     The entries that are explained get the noise (where only sites are, all floating entries that the explained module
     reads). All draws are rows of one batch, within ``chunk_size``. The index of an ``"argmax"`` target is chosen at the
@@ -38,13 +38,13 @@ class SmoothGrad(TensorDictModuleBase):
         n_iter: the number of draws.
         relative: False makes ``noise_level`` the standard deviation itself, in the units of the entry.
         include_clean: take the clean input as the first of the draws.
-        noise: where the noise comes from: a ``torch.Generator`` (the same state, the same answer, whatever the chunks), the
-            first part of the keys that hold standard-normal draws, or None for torch's own generator.
+        noise: where the noise comes from: a ``torch.Generator`` (the same state, the same answer, whatever the chunks),
+            the first part of the keys that hold standard-normal draws, or None for torch's own generator.
         chunk_size: how many rows may be in flight; results do not depend on it.
 
     Raises:
-        BadValue: a negative level, no draws, or a relative level for rows of one number. BadKey: noise that is not there.
-        BadType: integer entries only, so that there is nothing to add noise to.
+        BadValue: a negative level, no draws, or a relative level for rows of one number.
+        BadKey: noise that is not there. BadType: integer entries only, so that there is nothing to add noise to.
 
     Source: Smilkov et al., *SmoothGrad: removing noise by adding noise*, 2017.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias, Unpack
 
 import numpy
@@ -28,7 +29,7 @@ def quadrature(method: Quadrature, n_steps: int) -> tuple[list[float], list[floa
     """Points in [0, 1] and weights that sum to one, for any method and number of steps.
 
     Args:
-        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 n - 1``), ``"riemann_left"`` (points ``i / n``),
+        method: ``"gausslegendre"`` (exact for polynomials of degree ``2 n - 1``), ``"riemann_left"`` (at ``i / n``),
             ``"riemann_right"`` (``(i + 1) / n``), ``"riemann_middle"`` (``(i + 1/2) / n``), or ``"riemann_trapezoid"``
             (``i / (n - 1)``, the ends at half weight; one step is the middle).
         n_steps: how many points.
@@ -56,7 +57,9 @@ def quadrature(method: Quadrature, n_steps: int) -> tuple[list[float], list[floa
 
 
 class IntegratedGradients(TensorDictModuleBase):
-    r"""The gradient along the path from a baseline: :math:`(w - w_0)\int_0^1 \partial y(w_0 + \alpha (w - w_0)) / \partial w\, d\alpha`.
+    r"""The gradient, integrated from a baseline: :math:`(w - w_0)\int_0^1 \partial y(w_\alpha) / \partial w\, d\alpha`.
+
+    The path is straight: :math:`w_\alpha = w_0 + \alpha (w - w_0)`.
 
     | reads | writes |
     |---|---|
@@ -64,9 +67,9 @@ class IntegratedGradients(TensorDictModuleBase):
     | | ``("convergence_delta", *k)`` ``[*B]``, on request |
 
     Entries are moved together, as one input (their delta is one number, under ``("convergence_delta", "joint")`` where
-    there are several); each site, and each entry between stages, is a path of its own, from ``("baseline", *k)`` or else
-    from its value at the baseline of the inputs. ``"argmax"`` is chosen once, at the input. With several targets one more
-    dim of size T follows the batch.
+    there are several); each site, and each entry between stages, is a path of its own, from ``("baseline", *k)`` or
+    else from its value at the baseline of the inputs. ``"argmax"`` is chosen once, at the input. With several targets
+    one more dim of size T follows the batch.
 
     Args:
         module: a TensorDictModule.
@@ -74,9 +77,9 @@ class IntegratedGradients(TensorDictModuleBase):
         wrt: entries and sites, one or a list; default: all entries that the module reads.
         n_steps: points on the path.
         method: see :func:`quadrature`; the weights sum to one.
-        baseline: where the path begins: a number; the first part of the keys that hold it (then it must be there); or None
-            (default): ``("baseline", *k)`` where the TensorDict has it, else zero. It broadcasts to ``k``, row by row.
-            Integer entries keep their values, unless ``("baseline", *k)`` has others.
+        baseline: where the path begins: a number; the first part of the keys that hold it (then it must be there); or
+            None (default): ``("baseline", *k)`` where the TensorDict has it, else zero. It broadcasts to ``k``, row by
+            row. Integer entries keep their values, unless ``("baseline", *k)`` has others.
         convergence_delta: also write :math:`\sum_i a_i - (y(w) - y(w_0))`, zero for an exact integral.
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
@@ -84,12 +87,13 @@ class IntegratedGradients(TensorDictModuleBase):
         BadValue: no such method, no steps, a baseline of another shape, a site with one value along the whole path.
         BadType: a baseline that is no number and no key. BadKey: a baseline that is not there.
 
-    Source: Sundararajan et al., *Axiomatic attribution for deep networks*, 2017 (equation 1; completeness: proposition 1).
+    Source: Sundararajan et al., *Axiomatic attribution for deep networks*, 2017 (equation 1; proposition 1).
 
     Examples:
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
-        >>> net = TensorDictModule(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)), ["x"], ["y"])
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> net = TensorDictModule(net, ["x"], ["y"])
         >>> explain = IntegratedGradients(net, Target("y", 0), n_steps=20, convergence_delta=True)
         >>> td = explain(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
         >>> td["attribution", "x"].shape, bool(td["convergence_delta", "x"].abs().max() < 1e-4)
@@ -183,18 +187,10 @@ class IntegratedGradients(TensorDictModuleBase):
         """The points as tensors of a dtype, and the weights in float32 at least."""
         found = self._rules.get((dtype, device))
         if found is None:
-            wide = torch.promote_types(dtype, torch.float32)
-            points, weights = self._rule
             if torch.compiler.is_compiling():
-                return torch.tensor(points, dtype=dtype, device=device), torch.tensor(
-                    weights, dtype=wide, device=device
-                )
+                return _as_tensors(self._rule, dtype, device)
             with torch.inference_mode(False):  # what is kept must serve a later call outside too
-                found = (
-                    torch.tensor(points, dtype=dtype, device=device),
-                    torch.tensor(weights, dtype=wide, device=device),
-                )
-            self._rules[dtype, device] = found
+                found = self._rules[dtype, device] = _as_tensors(self._rule, dtype, device)
         return found
 
     def _points(self, start: Tensor | None, step: Tensor, some: slice) -> Tensor:
@@ -220,7 +216,7 @@ class IntegratedGradients(TensorDictModuleBase):
     def _ends(self, path: Pullback, td: TensorDictBase) -> tuple[dict[Wrt, Tensor], dict[Wrt, Tensor | None]]:
         """Where the path ends and where it starts (None for zero), for each of its *wrt*."""
         if not path.is_inner:
-            ends: dict[Wrt, Tensor] = {w: td.get(w) for w in path.wrt}  # type: ignore[arg-type]
+            ends: dict[Wrt, Tensor] = {w: td.get(w) for w in path.wrt}
             path.check_inputs(td, {})
             return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
         (w,) = path.wrt
@@ -281,6 +277,14 @@ class IntegratedGradients(TensorDictModuleBase):
         return ([entries] if entries else []) + [(w,) for w in whole.wrt if w not in entries]
 
 
+def _as_tensors(
+    rule: tuple[list[float], list[float]], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    points, weights = rule
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+
+
 def _name(w: Wrt) -> NestedKey:
     return w.key if isinstance(w, Site) else w
 
@@ -294,12 +298,12 @@ def _checked(baseline: object) -> NestedKey | float | None:
         return None
     if isinstance(baseline, (str, tuple)):
         return as_key(baseline)
-    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool):
+    if isinstance(baseline, (int, float)) and not isinstance(baseline, bool) and math.isfinite(baseline):
         return float(baseline)
     raise BadType(
         "not a baseline",
-        got=f"a {type(baseline).__name__}",
-        needed="a number, the first part of the keys that hold it, or None",
+        got=repr(baseline) if isinstance(baseline, float) else f"a {type(baseline).__name__}",
+        needed="a finite number, the first part of the keys that hold it, or None",
         fix='td["baseline", "observation"] = ..., a value for each row, and baseline=None',
     )
 
