@@ -129,7 +129,9 @@ def _child(tree: Any, part: Any, place: Place) -> Any:
         return getattr(tree, part)
     except (KeyError, IndexError, AttributeError, TypeError):
         have = [path[0] for path, _ in _leaves(tree, ()) if path]
-        raise BadKey(f"site {place.name!r} has no tensor {part!r}", got=f"{part!r}", needed=nearest(part, have)) from None
+        raise BadKey(
+            f"site {place.name!r} has no tensor {part!r}", got=f"{part!r}", needed=nearest(part, have)
+        ) from None
 
 
 def _replaced(tree: Any, path: tuple[Any, ...], new: Tensor) -> Any:
@@ -145,6 +147,7 @@ def _replaced(tree: Any, path: tuple[Any, ...], new: Tensor) -> Any:
         changed[part] = _replaced(tree[part], rest, new)
         return changed
     if isinstance(tree, (tuple, list)):
+        part = tree._fields.index(part) if isinstance(part, str) else part  # type: ignore[union-attr]
         values = [_replaced(v, rest, new) if i == part % len(tree) else v for i, v in enumerate(tree)]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return dataclasses.replace(tree, **{part: _replaced(getattr(tree, part), rest, new)})
