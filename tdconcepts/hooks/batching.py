@@ -1,4 +1,4 @@
-"""Rows: batch dims at a site, many copies of a batch in one forward, and chunks that bound how many rows are in flight."""
+"""Rows: batch dims at a site, copies of a batch in one forward, and chunks that bound the rows in flight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled
+from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import NestedKey
@@ -54,9 +55,11 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
 
 
 def rows_of(td: TensorDictBase, chunk_size: int | None, keys: Iterable[NestedKey]) -> int:
-    """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row of the entries ``keys``.
+    """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row of the entries
+    ``keys``.
 
-    The choice keeps the input in flight near 1 MB on a CPU (64 MB on a GPU) and never goes below the caller's own batch.
+    The choice keeps the input in flight near 1 MB on a CPU (64 MB on a GPU) and never goes below the caller's own
+    batch.
     """
     if chunk_size is not None:
         return chunk_size
@@ -131,11 +134,16 @@ def _merged(batch: torch.Size, n: int) -> tuple[int, ...]:
     return (n * batch[0], *batch[1:]) if batch else (n,)
 
 
+def _is_frozen(value: Any) -> bool:
+    """Whether autograd can't use it: an inference tensor, outside inference mode."""
+    return not is_compiling() and isinstance(value, Tensor) and value.is_inference() and not is_inference_mode_enabled()
+
+
 def dense(td: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDict:
     """A new TensorDict with the entries ``keys`` of ``td`` that are there, the same tensors under the same batch."""
     new = TensorDict({}, batch_size=td.batch_size, device=td.device)
     for key in keys:
         value = td.get(key)
         if value is not None:
-            new.set(key, value)
+            new.set(key, value.clone() if _is_frozen(value) else value)
     return new

@@ -20,8 +20,8 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Let a TensorDictModule's ``forward(self, tensordict)`` be called with tensors, as tensordict's ``dispatch`` does.
 
     Tensors are given in the order of ``in_keys``, or by name (parts of a nested key joined by ``_``); the entries of
-    ``out_keys`` come back, one tensor or a tuple. The difference is the batch: where some tensor has two dims or more and
-    all share the first, that is the batch; else the tensors are one row.
+    ``out_keys`` come back, one tensor or a tuple. The difference is the batch: where some tensor has two dims or more
+    and all share the first, that is the batch; else the tensors are one row.
 
     Raises:
         BadType: too many tensors, or one given twice. BadKey: a name that is none.
@@ -30,7 +30,8 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
         >>> from tensordict.nn import TensorDictModule
         >>> from tdconcepts import Gradient, Target
         >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
-        >>> Gradient(net, Target("y", 0))(torch.zeros(3, 4)).shape, Gradient(net, Target("y", 0))(x=torch.zeros(4)).shape
+        >>> explain = Gradient(net, Target("y", 0))
+        >>> explain(torch.zeros(3, 4)).shape, explain(x=torch.zeros(4)).shape
         (torch.Size([3, 4]), torch.Size([4]))
     """
 

@@ -44,8 +44,8 @@ class Replace(Edit):
     """Put another value in place of the activation.
 
     Args:
-        value: a number, a tensor of the site's shape or of one row's shape (with or without gradient, a parameter too), or
-            the key of an entry, so that each row can have its own. It takes the site's dtype and device.
+        value: a number, a tensor of the site's shape or of one row's shape (with or without gradient, a parameter
+            too), or the key of an entry, so that each row can have its own. It takes the site's dtype and device.
 
     Raises:
         BadValue: at the call, for another shape. BadKey: for a missing entry.
@@ -111,8 +111,8 @@ class Ablate(Edit):
 
     Args:
         units: positions along ``dim``; default: all of them.
-        to: ``"zero"``; ``"mean"``, the mean over all other dims of the batch at hand, so that rows depend on each other; or
-            the key of an entry that holds the values (a mean over a data set, another row's activation).
+        to: ``"zero"``; ``"mean"``, the mean over all other dims of the batch at hand, so that rows depend on each
+            other; or the key of an entry that holds the values (a mean over a data set, another row's activation).
         dim: the dim of the units, -1 by default (features, tokens' channels); -3 for the channels of images.
 
     Raises:
@@ -156,32 +156,50 @@ class Ablate(Edit):
             return new
         count = value.shape[self.dim]
         if any(not -count <= unit < count for unit in self.units):
-            raise BadValue("Ablate names units that do not exist", got=f"units={self.units}", needed=f"within [0, {count})")
+            raise BadValue(
+                "Ablate names units that do not exist", got=f"units={self.units}", needed=f"within [0, {count})"
+            )
         chosen = torch.zeros(count, dtype=torch.bool, device=value.device)
         chosen[torch.tensor(self.units, dtype=torch.long, device=value.device)] = True
         return torch.where(chosen.view(-1, *[1] * (value.ndim - 1 - self.dim % value.ndim)), new, value)
 
 
 def _operand(given: float | Tensor | NestedKey, value: Tensor, td: TensorDictBase | None, what: str) -> Tensor:
-    """A number, a tensor or an entry, fit to ``value``: its dtype and device, and its shape or that of its last dims."""
-    name = what
+    """A number, a tensor or an entry, fit to ``value``: its dtype and device, and a shape that broadcasts.
+
+    A tensor has the site's shape, or the shape of its last dims. An entry has the batch in front: one value for each
+    row, which is one number, or has the shape of the row's last dims.
+    """
+    name, lead = what, 0
     if isinstance(given, (str, tuple)):
         key = as_key(given)
         name = f"{what}({key_text(key)})"
         if td is None:
-            raise BadKey(f"{name} reads an entry", got="a call without a TensorDict", fix="call the module with a TensorDict")
-        given = td.get(key)  # type: ignore[assignment]
+            raise BadKey(
+                f"{name} reads an entry", got="a call without a TensorDict", fix="call the module with a TensorDict"
+            )
+        given, lead = td.get(key), td.batch_dims  # type: ignore[assignment]
         if given is None:
-            raise BadKey(f"no entry {key_text(key)} for {what}", got=f"entries {list(td.keys(True, True))}")
+            raise BadKey(
+                f"no entry {key_text(key)} for {what}",
+                got=f"entries {list(td.keys(True, True))}",
+                fix="inside a patch explain and capture the module that the context gives back: it reads the entry",
+            )
+        if lead > 1 and value.shape[:lead] != td.batch_size and isinstance(given, Tensor):
+            given, lead = given.flatten(0, lead - 1), 1  # the network has merged the batch dims
     if not isinstance(given, Tensor):
         return torch.as_tensor(given, dtype=value.dtype, device=value.device)
-    if given.ndim and given.shape != value.shape[value.ndim - given.ndim :]:
+    rest = given.shape[lead:]
+    fits = len(rest) <= value.ndim - lead and rest == value.shape[value.ndim - len(rest) :]
+    if not fits or given.shape[:lead] != value.shape[:lead]:
         raise BadValue(
             f"{name} does not fit the site",
             got=f"shape {list(given.shape)}",
             needed=f"the site's shape {list(value.shape)}, the shape of one row, or a number",
             fix="expand it to the batch, or index the site",
         )
+    if lead:
+        given = given.reshape(*given.shape[:lead], *[1] * (value.ndim - lead - len(rest)), *rest)
     return given.to(device=value.device, dtype=value.dtype)
 
 

@@ -66,7 +66,11 @@ class Explaining:
         self.pullback = Pullback(module, target, wrt, whole=self.outputs)
         self.in_keys = self.pullback.in_keys
         self.attribution_keys: list[NestedKey] = [as_key(join(self.out_key, name)) for name in self.pullback.names]
-        self.out_keys = [*self.attribution_keys, *(extra(self) if extra else []), *(module.out_keys if self.outputs else [])]
+        self.out_keys = [
+            *self.attribution_keys,
+            *(extra(self) if extra else []),
+            *(module.out_keys if self.outputs else []),
+        ]
         check_writable(self.out_keys if not self.outputs else self.attribution_keys, self.in_keys)
 
     def run(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.calling import dispatch_rows
-from tdconcepts.hooks.contexts import Bound, Plan, Run, Stop, enter, leave, run_under
+from tdconcepts.hooks.contexts import enter, leave, run_under
+from tdconcepts.hooks.plans import Bound, Plan, Run, Stop, stopping
 from tdconcepts.hooks.pullback import Pullback
 from tdconcepts.hooks.stages import check_module
 from tdconcepts.keys import GRADIENT, NestedKey, check_writable
@@ -40,7 +40,7 @@ class Hooked(TensorDictModuleBase):
 
     | reads | writes |
     |---|---|
-    | the module's ``in_keys``, and the entries that edits and targets name | the module's ``out_keys``, and the captures |
+    | the module's ``in_keys``, the entries that edits and targets name | the module's ``out_keys``, the captures |
 
     Inside ``with``, direct calls of the original module on this thread obey the program's *edits* too; captures are
     written by calls of this module only. Outside ``with`` a call enters for its own time. Contexts nest, and end in any
@@ -55,6 +55,7 @@ class Hooked(TensorDictModuleBase):
         BadValue: at the call, for a site that never ran, a replacement of another shape, or a locked TensorDict.
 
     Examples:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
         >>> from tdconcepts import Capture
@@ -77,11 +78,16 @@ class Hooked(TensorDictModuleBase):
         inner_in = [key for bound in self._bound for key in bound.in_keys if key not in module.in_keys]
         extra_out = [key for bound in self._bound for key in bound.out_keys]
         steps = tuple(step for bound in self._bound for step in bound.steps)
-        self._pull = self._pullback(Bound(steps, tuple(inner_in), finish=self._finishes()))
-        self._plan = Plan(module, steps) if self._pull is None else self._pull.plan
+        through = tuple(name for bound in self._bound for name in bound.only_through)
+        self._pull = self._pullback(
+            Bound(steps, tuple(inner_in), finish=self._finishes(), stop=self._stops, only_through=through)
+        )
+        own = stopping(steps) if self._stops else steps
+        self._plan = Plan(module, own, through) if self._pull is None else self._pull.plan
         self.in_keys = list(dict.fromkeys([*module.in_keys, *inner_in, *(self._pull.in_keys if self._pull else ())]))
         self.out_keys = [*([] if self._stops else module.out_keys), *extra_out]
-        self._apart = self._stops or any(bound.edit_inputs for bound in self._bound)
+        edits_entries = any(s.every and s.place.side == "input" and s.place.out_keys is not None for s in steps)
+        self._apart = self._stops or edits_entries or any(bound.edit_inputs for bound in self._bound)
         check_writable(extra_out, self.in_keys)
 
     @dispatch_rows
@@ -110,7 +116,9 @@ class Hooked(TensorDictModuleBase):
 
     def _pulled(self, pull: Pullback, work: TensorDictBase, tensordict: TensorDictBase) -> TensorDictBase:
         pulled = pull(work, owner=self, create_graph=False)
-        _copy_entries(pulled.outputs, tensordict, [k for k in self.out_keys if k[0] != GRADIENT or k in self.module.out_keys])
+        _copy_entries(
+            pulled.outputs, tensordict, [k for k in self.out_keys if k[0] != GRADIENT or k in self.module.out_keys]
+        )
         for name, gradient in zip(pull.names, pulled.gradients, strict=True):
             tensordict.set((GRADIENT, name), gradient)  # type: ignore[arg-type]
         return tensordict
@@ -147,7 +155,9 @@ def check_td(td: object) -> None:
             fix="a TensorClass has no place for new entries: td.to_tensordict()",
         )
     if td.is_locked:
-        raise BadValue("the TensorDict is locked", needed="one that can be written to", fix="td.copy() shares its tensors")
+        raise BadValue(
+            "the TensorDict is locked", needed="one that can be written to", fix="td.copy() shares its tensors"
+        )
 
 
 def _copy_entries(source: TensorDictBase, to: TensorDictBase, keys: Iterable[NestedKey]) -> None:

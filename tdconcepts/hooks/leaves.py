@@ -44,7 +44,7 @@ def pick(value: Tensor, index: tuple[Any, ...] | None, lead: int) -> Tensor:
 
 
 def put(value: Tensor, index: tuple[Any, ...] | None, lead: int, new: Tensor) -> Tensor:
-    """``value`` with the part that ``index`` names in each row replaced, out of place (so that vmap can map ``new``)."""
+    """``value`` with the part that ``index`` names in each row replaced, out of place (vmap can map ``new``)."""
     if index is None:
         return new
     shape = value.shape[lead:]

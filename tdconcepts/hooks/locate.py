@@ -44,11 +44,11 @@ def locate(model: nn.Module, what: NestedKey | Site, paths: Mapping[str, nn.Modu
     return [place_of_entry(stage, key)]
 
 
-class anchor:
+class anchor:  # noqa: N801 - used as capture and patch are
     """Put inert taps into a model *before* it is compiled, so that contexts entered later are obeyed.
 
-    ``torch.compile`` guards a module's hooks only where it has some: a hook that comes later is silently ignored. With an
-    anchor at the sites, entering and leaving a context is noticed (one graph more for each set of edited sites).
+    ``torch.compile`` guards a module's hooks only where it has some: a hook that comes later is silently ignored. With
+    an anchor at the sites, entering and leaving a context is noticed (one graph more for each set of edited sites).
 
     Args:
         model: the model that will be compiled.
@@ -69,7 +69,7 @@ class anchor:
         wanted: list[Any] = [Site.parse(site) for site in sites] + list(entries or [])
         paths = module_paths(model)
         found = [place.module for what in wanted for place in locate(model, what, paths)]
-        self._modules = list({module: None for module in (model, *found)})
+        self._modules = list(dict.fromkeys((model, *found)))
         for module in self._modules:
             hold(module, "output")
             hold(module, "input")

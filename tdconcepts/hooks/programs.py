@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import align
-from tdconcepts.hooks.contexts import Bound, Run, Step, Stop, outside
+from tdconcepts.hooks.contexts import outside
 from tdconcepts.hooks.edits import Edit
 from tdconcepts.hooks.hooked import Hooked
 from tdconcepts.hooks.leaves import pick, put
 from tdconcepts.hooks.locate import locate
+from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.sites import Place, Site, module_paths, places
 from tdconcepts.hooks.targets import Target
 from tdconcepts.hooks.watch import Record, Watch, check_version, settle
@@ -45,7 +46,7 @@ class Capture(_Adds):
 
     | writes | shape |
     |---|---|
-    | ``("activation", site)`` for each site | what the module wrote, ``[*B, ...]``; ``[*B, calls, ...]`` with ``call="all"`` |
+    | ``("activation", site)`` for each | what was written, ``[*B, ...]``; ``[*B, calls, ...]`` with ``call="all"`` |
     | ``("gradient", site)``, with ``gradients=`` | the same; ``[*B, T, ...]`` with several targets |
 
     The site's text is the name: ``"net.2"``, ``"head:in"``. Captures are detached, and not copied; a value that an
@@ -83,11 +84,17 @@ class Capture(_Adds):
         detach: bool = True,
     ) -> None:
         if not sites:
-            raise BadValue("nothing to capture", needed="sites, or their texts", fix='capture(model, "**") for every module')
+            raise BadValue(
+                "nothing to capture", needed="sites, or their texts", fix='capture(model, "**") for every module'
+            )
         if stop and gradients is not None and not isinstance(gradients.of, Site):
-            raise BadValue("a forward that stops early has no gradients of an output", fix="gradients=Target(Site(...), ...)")
+            raise BadValue(
+                "a forward that stops early has no gradients of an output", fix="gradients=Target(Site(...), ...)"
+            )
         if stop and any(site.call == "all" or (site.call or 0) < 0 for site in map(Site.parse, sites)):
-            raise BadValue("a forward that stops early has no last call", got=f"{list(sites)}", needed="call=0, 1, ... or none")
+            raise BadValue(
+                "a forward that stops early has no last call", got=f"{list(sites)}", needed="call=0, 1, ... or none"
+            )
         if gradients is not None and not isinstance(gradients, Target):
             raise BadType("not a Target", got=repr(gradients), needed='gradients=Target("logits", 3)')
         for name, value in (
@@ -112,7 +119,9 @@ class Capture(_Adds):
         found = list(
             {place.name: place for site in self.sites for place in places(module, site, paths)}.values()
         )  # a place that two globs match is captured once
-        inner = [m for m in module.modules() if not isinstance(m, TensorDictModuleBase)]  # their inplace= is another one
+        inner = [
+            m for m in module.modules() if not isinstance(m, TensorDictModuleBase)
+        ]  # their inplace= is another one
         overwritten = any(getattr(m, "inplace", False) is True for m in inner)
         steps: list[Step] = []
         for place in found:
@@ -120,8 +129,6 @@ class Capture(_Adds):
                 steps.append(Step(place, Watch(place.what)))
             keep = None if place.call == "all" else -place.call if isinstance(place.call, int) and place.call < 0 else 1
             steps.append(Step(place, Record(("capture", place.name), keep, self.clone or overwritten, self.detach)))
-        if self.stop:
-            steps = _stopping(steps)
         out_keys = [join(ACTIVATION, place.name) for place in found]
         pull = None
         if self.gradients is not None:
@@ -135,10 +142,11 @@ class Patch(_Adds):
     """Change activations while the model runs.
 
     Args:
-        edits: for each place what is done there: a :class:`Site` names an activation inside a module, a string or tuple an
-            entry of the TensorDict, changed right after the stage that wrote it (or before the model runs, where the model
-            reads it). The values are edits (:class:`Replace`, :class:`Add`, :class:`Scale`, :class:`Ablate`) or callables
-            ``(value, td) -> value``. Where a module runs several times each call is edited, unless the site says which.
+        edits: for each place what is done there: a :class:`Site` names an activation inside a module, a string or
+            tuple an entry of the TensorDict, changed right after the stage that wrote it (or before the model runs,
+            where the model reads it). The values are edits (:class:`Replace`, :class:`Add`, :class:`Scale`,
+            :class:`Ablate`) or callables ``(value, td) -> value``. Where a module runs several times each call is
+            edited, unless the site says which.
 
     Raises:
         BadKey: a path or an entry that does not exist.
@@ -186,11 +194,20 @@ class Patch(_Adds):
             for place in locate(module, where, paths):
                 if isinstance(place.call, int) and place.call < 0:
                     raise BadValue(
-                        "an edit can't know which call will be the last", got=repr(where), needed="call=0, 1, ... or none"
+                        "an edit can't know which call will be the last",
+                        got=repr(where),
+                        needed="call=0, 1, ... or none",
                     )
                 steps.append(Step(place, _Apply(place, edit), every=True))
         keys = tuple(key for key in in_keys if key not in module.out_keys)
-        return [Bound(tuple(steps), keys, edit_inputs=_EditInputs(tuple(before)) if before else None)]
+        return [
+            Bound(
+                tuple(steps),
+                keys,
+                edit_inputs=_EditInputs(tuple(before)) if before else None,
+                only_through=tuple(key_text(k) for k, _ in before),
+            )
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,25 +324,9 @@ def checked_edit(new: Any, old: Tensor, name: str) -> Tensor:
     return new if new.dtype == old.dtype and new.device == old.device else new.to(device=old.device, dtype=old.dtype)
 
 
-def _stopping(steps: list[Step]) -> list[Step]:
-    """The same steps, each ending the forward when it is the last one missing."""
-    names = frozenset(step.place.name for step in steps)
-    return [*steps, *(Step(step.place, _StopAfter(step.place.name, names)) for step in steps)]
-
-
-class _StopAfter:
-    def __init__(self, name: str, names: frozenset[str]) -> None:
-        self.name, self.names = name, names
-
-    def __call__(self, value: Tensor, run: Run) -> Tensor:
-        done = run.store.setdefault("done", set())
-        done.add(self.name)
-        if done == self.names:
-            raise Stop
-        return value
-
-
 def _parts(program: Any) -> tuple[Any, ...]:
     if not hasattr(program, "bind"):
-        raise BadType("not a program", got=repr(program), needed="Capture, Patch, a composite of rules, or a sum of these")
+        raise BadType(
+            "not a program", got=repr(program), needed="Capture, Patch, a composite of rules, or a sum of these"
+        )
     return program.parts if isinstance(program, Programs) else (program,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,16 +12,18 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import align, dense
-from tdconcepts.hooks.contexts import Bound, Plan, Run, Step, Stop, run_under
+from tdconcepts.hooks.contexts import run_under
+from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.locate import locate
+from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
 from tdconcepts.hooks.sites import Place, Site
 from tdconcepts.hooks.stages import check_module, containers, needed
 from tdconcepts.hooks.targets import Target
-from tdconcepts.hooks.watch import Read, Watch, settle
+from tdconcepts.hooks.watch import Read, Seen, Watch, settle
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["Pullback", "Pulled", "Wrt", "vector_jacobian"]
+__all__ = ["Pullback", "Pulled", "Wrt"]
 
 Wrt: TypeAlias = NestedKey | Site
 
@@ -30,8 +31,9 @@ Wrt: TypeAlias = NestedKey | Site
 class Pulled(NamedTuple):
     """What one pull-back gives.
 
-    ``values``: the explained numbers, ``[*B]`` or ``[*B, T]``; ``points``: where each gradient was taken, ``[*B, ...]``;
-    ``gradients``: one for each *wrt*, ``[*B, ...]`` or ``[*B, T, ...]``; ``outputs``: everything that the model wrote.
+    ``values``: the explained numbers, ``[*B]`` or ``[*B, T]``; ``points``: where each gradient was taken, ``[*B,
+    ...]``; ``gradients``: one for each *wrt*, ``[*B, ...]`` or ``[*B, T, ...]``; ``outputs``: everything that the
+    model wrote.
     """
 
     values: Tensor
@@ -105,7 +107,9 @@ class Pullback:
         self._by_output = whole and target.by is not None and target.by in module.out_keys
         self.stages = [module] if whole else needed(module, goals, keep)
         self._passed = [] if self.stages == [module] else containers(module)
-        self.plan = Plan(module, steps)
+        if program is not None:
+            steps = list(stopping(steps)) if program.stop else steps
+        self.plan = Plan(module, steps, program.only_through if program else ())
         self.in_keys = self._needed_keys()
 
     @property
@@ -152,26 +156,23 @@ class Pullback:
         self.check_inputs(td, points)
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
-        with torch.enable_grad() if not torch.is_inference_mode_enabled() else _differentiable():
+        with differentiable():
             work = dense(td, self.in_keys)
             leaves: dict[Wrt, Tensor] = {}
             for key in self._entries:
-                leaves[key] = leaf = _leaf(points[key] if key in points else td.get(key), create_graph)
+                leaves[key] = leaf = new_leaf(points[key] if key in points else td.get(key), create_graph)
                 work.set(key, leaf)
             run = Run(self.plan, work, owner)
             run.store["points"] = points
             run.store["snapshot"] = snapshot
             work = run_under(run, self._forward, work, run)
             values, several = self._values(work, td, run, held)
-            watched = {w: run.store[w] for w in self._places}
-            inputs = [leaves[w] if w in leaves else watched[w].handle for w in self.wrt]
-            found = vector_jacobian(values, inputs, several, create_graph, width, self.target.name)
-            batch, lead = td.batch_size, td.batch_dims
+            seen = [run.store[w] if w in self._places else Seen(leaves[w], handle=leaves[w]) for w in self.wrt]
+            found = vector_jacobian(values, [s.handle for s in seen], several, create_graph, width, self.target.name)
             gradients, where = [], []
-            for w, gradient in zip(self.wrt, found, strict=True):
-                point = leaves[w] if w in leaves else watched[w].value
-                gradients.append(self._shaped(w, gradient, point, values, batch, lead, several))
-                point = point if w in leaves else self._picked(w, align(settle(point, batch), batch, str(w)), lead)
+            for w, gradient, one in zip(self.wrt, found, seen, strict=True):
+                gradients.append(self._shaped(w, gradient, one, values, td, several))
+                point = self._point(w, one, td)
                 where.append(point if create_graph else point.detach())
         if not create_graph:
             values = values.detach()
@@ -236,7 +237,9 @@ class Pullback:
         if self._read is None:
             value = work.get(self.target.of)
             if value is None:
-                raise BadKey(f"the module did not write {key_text(self.target.of)}", got=f"{list(work.keys(True, True))}")
+                raise BadKey(
+                    f"the module did not write {key_text(self.target.of)}", got=f"{list(work.keys(True, True))}"
+                )
             return value
         site = self.target.of
         assert isinstance(site, Site)
@@ -256,7 +259,9 @@ class Pullback:
         batch, lead = td.batch_size, td.batch_dims
         several = False
         starts: dict[Wrt, Tensor] = {key: points[key] if key in points else td.get(key) for key in self._entries}
-        if self._places:  # sites are differentiated by a zero that is added; this run tells its shape, and is optimised away
+        if (
+            self._places
+        ):  # sites are differentiated by a zero that is added; this run tells its shape, and is optimised away
             with torch.no_grad():
                 work = dense(td, self.in_keys)
                 run = Run(self.plan, work, owner)
@@ -282,10 +287,12 @@ class Pullback:
             leaves = [starts[w] if create_graph else starts[w].detach() for w in self.wrt]
             values, pull, (wrote, seen) = torch.func.vjp(forward, *leaves, has_aux=True)
             if several:
-                found = [g.movedim(0, lead) for g in torch.vmap(pull, chunk_size=width)(_seeds(values))]
+                found = [g.movedim(0, lead) for g in torch.vmap(pull, chunk_size=width)(seeds(values))]
             else:
                 found = list(pull(torch.ones_like(values)))
-        points_at = [starts[w] if w in self._entries else self._picked(w, align(seen[w], batch, str(w)), lead) for w in self.wrt]
+        points_at = [
+            starts[w] if w in self._entries else self._picked(w, align(seen[w], batch, str(w)), lead) for w in self.wrt
+        ]
         gradients = [self._picked(w, g, lead + several) for w, g in zip(self.wrt, found, strict=True)]
         outputs = dense(td, [])
         for key, value in wrote.items():
@@ -295,25 +302,28 @@ class Pullback:
         return Pulled(values if create_graph else values.detach(), points_at, gradients, outputs)
 
     def _shaped(
-        self,
-        w: Wrt,
-        gradient: Tensor | None,
-        point: Tensor,
-        values: Tensor,
-        batch: torch.Size,
-        lead: int,
-        several: bool,
+        self, w: Wrt, gradient: Tensor | None, seen: Seen, values: Tensor, td: TensorDictBase, several: bool
     ) -> Tensor:
-        """A raw gradient ``[T?, ...]`` in its final shape ``[*B, T?, ...]``; zeros where the target does not depend on it."""
+        """A raw gradient ``[T?, ...]`` in its final shape ``[*B, T?, ...]``; zeros where it does not matter."""
+        batch, lead = td.batch_size, td.batch_dims
         if gradient is None:
-            shape = point.shape if not several else (values.shape[-1], *point.shape)
-            gradient = torch.zeros(shape, dtype=point.dtype, device=point.device)
+            shape = ((values.shape[-1],) if several else ()) + seen.value.shape
+            gradient = torch.zeros(shape, dtype=seen.value.dtype, device=seen.value.device)
+        if seen.mapped is not None:
+            gradient = gradient.movedim(seen.mapped + several, lead + several)
         if w in self._places:
-            gradient = settle(gradient, batch) if not several else gradient
-            gradient = torch.stack([align(g, batch, str(w)) for g in gradient]) if several else align(gradient, batch, str(w))
+            each = [align(g, batch, str(w)) for g in gradient] if several else []
+            gradient = torch.stack(each) if several else align(gradient, batch, str(w))
         if several:
             gradient = gradient.movedim(0, lead)
         return self._picked(w, gradient, lead + several)
+
+    def _point(self, w: Wrt, seen: Seen, td: TensorDictBase) -> Tensor:
+        """Where the gradient was taken, ``[*B, ...]``."""
+        if w not in self._places:
+            return seen.value
+        value = seen.value if seen.mapped is None else seen.value.movedim(seen.mapped, td.batch_dims)
+        return self._picked(w, align(settle(value, td.batch_size), td.batch_size, str(w)), td.batch_dims)
 
     def _picked(self, w: Wrt, value: Tensor, lead: int) -> Tensor:
         return pick(value, w.index, lead) if isinstance(w, Site) else value
@@ -322,15 +332,21 @@ class Pullback:
         given: Sequence[Wrt] = list(self.module.in_keys) if wrt is None else wrt if isinstance(wrt, list) else [wrt]
         checked = tuple(w if isinstance(w, Site) else as_key(w) for w in given)
         if not checked or len(set(map(str, checked))) != len(checked):
-            raise BadValue("nothing to explain by, or the same twice", got=f"wrt={list(given)}", needed="entries and sites")
+            raise BadValue(
+                "nothing to explain by, or the same twice", got=f"wrt={list(given)}", needed="entries and sites"
+            )
         return checked
 
     def _one_place(self, what: Wrt) -> Place:
         found = locate(self.module, what)
-        if len(found) > 1 or found[0].call == "all":
+        call = found[0].call
+        if len(found) > 1 or call == "all" or (isinstance(call, int) and call < -1):
             names = [place.name for place in found]
             raise BadValue(
-                f"{what!r} names several places", got=f"{names[:6]}", needed="one", fix="a list of sites, each with one call"
+                f"{what!r} names several places",
+                got=f"{names[:6]}",
+                needed="one",
+                fix="a list of sites, each with one call",
             )
         return found[0]
 
@@ -362,64 +378,7 @@ class Pullback:
                 )
 
 
-def vector_jacobian(
-    values: Tensor, inputs: Sequence[Any], several: bool, create_graph: bool, width: int | None, name: str
-) -> list[Tensor | None]:
-    """Gradients of ``values`` (``[*B]``, or ``[*B, T]``: then with T in front) with respect to tensors or graph edges.
-
-    Raises:
-        BadValue: when ``values`` has no graph.
-    """
-    if not values.requires_grad:
-        raise BadValue(
-            f"no gradient reaches the target {name}",
-            got="a value without a graph",
-            needed="a target that depends on what is explained",
-            fix="the model detaches it or computes it under no_grad, or nothing that is explained matters for it",
-        )
-    if not several:
-        seed = torch.ones_like(values)
-        return list(torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True))
-    seeds = _seeds(values)
-    step = max(1, width or len(seeds))
-    parts = []
-    for start in range(0, len(seeds), step):
-        keep = create_graph or start + step < len(seeds)
-        parts.append(
-            torch.autograd.grad(
-                values,
-                inputs,
-                seeds[start : start + step],
-                retain_graph=keep,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        )
-    return [None if piece[0] is None else torch.cat(piece) if len(piece) > 1 else piece[0] for piece in zip(*parts, strict=True)]
-
-
-def _seeds(values: Tensor) -> Tensor:
-    """``[T, *B, T]``: for each target a one in its own column."""
-    count = values.shape[-1]
-    eye = torch.eye(count, dtype=values.dtype, device=values.device)
-    return eye.view(count, *[1] * (values.ndim - 1), count).expand(count, *values.shape)
-
-
-def _leaf(value: Tensor, create_graph: bool) -> Tensor:
-    if create_graph and value.requires_grad:
-        return value
-    return (value.clone() if value.is_inference() else value.detach()).requires_grad_()
-
-
 def _missing(keys: list[NestedKey], td: TensorDictBase) -> BadKey:
     have = list(td.keys(True, True))
     shown = ", ".join(map(key_text, keys))
     return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=nearest(keys[0], have))
-
-
-@contextlib.contextmanager
-def _differentiable() -> Any:
-    """Gradient mode on, for a caller in ``inference_mode``."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield

@@ -69,7 +69,9 @@ class Site:
         if self.index is not None:
             index = self.index if isinstance(self.index, tuple) else (self.index,)
             if not index or sum(part is Ellipsis for part in index) > 1 or not all(map(_is_index, index)):
-                raise BadValue("not an index", got=repr(self.index), needed="ints, slices, lists of ints and at most one ...")
+                raise BadValue(
+                    "not an index", got=repr(self.index), needed="ints, slices, lists of ints and at most one ..."
+                )
             object.__setattr__(self, "index", index)
         if isinstance(self.leaf, tuple) and len(self.leaf) == 1:
             object.__setattr__(self, "leaf", self.leaf[0])
@@ -80,7 +82,11 @@ class Site:
         return hash(str(self))
 
     def __str__(self) -> str:
-        leaf = "" if self.leaf is None else "." + ".".join(map(str, self.leaf if isinstance(self.leaf, tuple) else (self.leaf,)))
+        leaf = (
+            ""
+            if self.leaf is None
+            else "." + ".".join(map(str, self.leaf if isinstance(self.leaf, tuple) else (self.leaf,)))
+        )
         side = ":in" if self.side == "input" else ":out" if leaf else ""
         index = "" if self.index is None else "[" + ", ".join(map(_index_text, self.index)) + "]"
         return f"{self.path}{side}{leaf}{index}" + ("" if self.call is None else f"@{self.call}")
@@ -227,7 +233,9 @@ def _parse_index(text: str) -> tuple[Any, ...]:
         tree = ast.parse(f"x[{text}]", mode="eval").body
         return tuple(map(_evaluate, tree.slice.elts)) if isinstance(tree.slice, ast.Tuple) else (_evaluate(tree.slice),)  # type: ignore[attr-defined]
     except (SyntaxError, ValueError, AttributeError):
-        raise BadValue("not an index", got=f"[{text}]", needed="ints, slices, lists of ints and at most one ...") from None
+        raise BadValue(
+            "not an index", got=f"[{text}]", needed="ints, slices, lists of ints and at most one ..."
+        ) from None
 
 
 def _evaluate(node: ast.expr) -> Any:

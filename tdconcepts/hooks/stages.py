@@ -27,6 +27,14 @@ def check_module(module: object, what: str = "module") -> TensorDictModuleBase:
     """
     if isinstance(module, TensorDictModuleBase):
         return module
+    original = getattr(module, "_orig_mod", None)
+    if isinstance(original, TensorDictModuleBase):
+        raise BadType(
+            f"{what} is compiled",
+            got=f"torch.compile({type(original).__name__})",
+            needed="the TensorDictModule itself",
+            fix="explain or hook the module first, then compile what you got: torch.compile(Gradient(module, ...))",
+        )
     kind = f"a bare {type(module).__name__}" if isinstance(module, nn.Module) else f"{type(module).__name__}"
     raise BadType(
         f"{what} is not a TensorDictModule",
@@ -39,8 +47,8 @@ def check_module(module: object, what: str = "module") -> TensorDictModuleBase:
 def stages(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     """The modules of a pipeline in the order in which they run, nested sequentials flattened.
 
-    Running them one after the other on a TensorDict is the same as running ``module``. What has a ``forward`` of its own
-    is one stage, a probabilistic sequential (whose last stage is run with care for log-probabilities) among them.
+    Running them one after the other on a TensorDict is the same as running ``module``. What has a ``forward`` of its
+    own is one stage, a probabilistic sequential (whose last stage is run with care for log-probabilities) among them.
 
     Examples:
         >>> from tensordict.nn import TensorDictModule as Mod
@@ -76,43 +84,47 @@ def cut(module: TensorDictModuleBase, key: NestedKey) -> tuple[list[TensorDictMo
 
 
 def writer(module: TensorDictModuleBase, key: NestedKey) -> TensorDictModuleBase | None:
-    """The last stage that writes ``key``, or None; the stages of a probabilistic sequential are looked at as well."""
-    found = _opened(module)
+    """The last stage that writes ``key``, or None; probabilistic sequentials are looked into as well."""
+    found = [stage for stage, _ in _deep(module)]
     last = _last_writer(found, as_key(key))
     return None if last is None else found[last]
 
 
-def needed(module: TensorDictModuleBase, outputs: Iterable[NestedKey], keep: Sequence[nn.Module] = ()) -> list[TensorDictModuleBase]:
+def needed(
+    module: TensorDictModuleBase, outputs: Iterable[NestedKey], keep: Sequence[nn.Module] = ()
+) -> list[TensorDictModuleBase]:
     """The stages that ``outputs`` depend on, in order: a policy's logits are explained without sampling an action.
+
+    A probabilistic sequential whose last stage is needed is run as a whole.
 
     Args:
         module: the pipeline.
         outputs: entries that are wanted.
         keep: modules that must run in any case; the stages that hold them stay, and so does what these need.
-
-    Returns:
-        The stages to run, or ``[module]`` where the whole is needed or where it can't be taken apart.
     """
-    whole = stages(module)
-    opened = _opened(module)
     wanted = {as_key(key) for key in outputs}
     kept: list[TensorDictModuleBase] = []
-    inside = [set(stage.modules()) for stage in opened] if keep else []
-    for position in range(len(opened) - 1, -1, -1):
-        stage = opened[position]
-        if wanted.isdisjoint(stage.out_keys) and not any(module in inside[position] for module in keep):
+    found = _deep(module)
+    position = len(found) - 1
+    while position >= 0:
+        stage, whole = found[position]
+        position -= 1
+        if wanted.isdisjoint(stage.out_keys) and not any(inner in keep for inner in (stage.modules() if keep else ())):
             continue
+        if whole is not None:  # the last stage of a probabilistic sequential: all of it
+            stage, inside = whole, {inner for inner, _ in _deep(whole)}
+            while position >= 0 and found[position][0] in inside:
+                position -= 1
         wanted.difference_update(key for key in stage.out_keys if key not in stage.in_keys)
         wanted.update(stage.in_keys)
         kept.append(stage)
-    kept.reverse()
-    skips_tail = len(whole) < len(opened) and opened[-1] not in kept
-    return kept if len(whole) == len(opened) or skips_tail else [module]
+    return kept[::-1]
 
 
 def containers(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The sequentials that :func:`needed` takes apart: running their stages passes by what is hooked on them."""
-    return [module, *(inner for child in _children(module) for inner in containers(child) if _children(child))]
+    """The sequentials that can be taken apart: running their stages passes by what is hooked on them."""
+    inside = _listed(module) if _is_probabilistic(module) else _children(module)
+    return [module, *(inner for child in inside for inner in containers(child))] if inside else []
 
 
 def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | None:
@@ -120,7 +132,7 @@ def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | Non
 
 
 def _children(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The direct stages of a plain sequential; none for a module with a forward, a tolerance or selected keys of its own."""
+    """The direct stages of a plain sequential; none for one with its own forward, a tolerance or selected keys."""
     plain = type(module).forward is TensorDictSequential.forward and not getattr(module, "partial_tolerant", False)
     if not plain or getattr(module, "_select_before_return", False) or _is_watched(module):
         return []
@@ -140,8 +152,21 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _opened(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """As :func:`stages`, with a probabilistic sequential (the outermost one) opened too: its stages can be cut between."""
-    probabilistic = type(module).forward is ProbabilisticTensorDictSequential.forward
-    if probabilistic and not _is_watched(module):
+    """As :func:`stages`, with a probabilistic sequential (the outermost) opened too: it can be cut between stages."""
+    if _is_probabilistic(module):
         return [stage for child in _listed(module) for stage in stages(child)] or [module]
     return stages(module)
+
+
+def _deep(module: TensorDictModuleBase) -> list[tuple[TensorDictModuleBase, TensorDictModuleBase | None]]:
+    """Every stage, probabilistic sequentials opened; the last stage of one of these comes with the whole of it."""
+    if _is_probabilistic(module):
+        *before, last = _listed(module)
+        return [pair for child in before for pair in _deep(child)] + [(last, module)]
+    children = _children(module)
+    return [pair for child in children for pair in _deep(child)] if children else [(module, None)]
+
+
+def _is_probabilistic(module: TensorDictModuleBase) -> bool:
+    kind = type(module).forward is ProbabilisticTensorDictSequential.forward
+    return kind and not _is_watched(module) and bool(_listed(module))

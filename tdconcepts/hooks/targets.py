@@ -29,16 +29,19 @@ class Target:
 
             * an int ``i``: ``of[..., i]``, for rows that are vectors;
             * a tuple of ints: one element of a row of any shape, ``(channel, y, x)`` for instance;
-            * ``"argmax"``: the largest element of each row that is a vector. Methods that look at several points (paths,
+            * ``"argmax"``: the largest element of each row that is a vector. Methods that look at several points
+            (paths,
               noise) choose it once, at the point that is explained, and hold it;
             * a callable ``(value, td) -> [*B]`` (module-level, if it has to be pickled);
-            * a list, ``range`` or ``slice`` of these: *several targets at once*, along a new dim after the batch dims. A
+            * a list, ``range`` or ``slice`` of these: *several targets at once*, along a new dim after the batch dims.
+            A
               tuple with slices in it names several elements, so it is several targets too.
-        by: an entry that holds the index (integer, ``[*B]`` or ``[*B, 1]``) or the one-hot code of the element, so that a
-            rollout is explained for the action that *was taken*.
+        by: an entry that holds the index (integer, ``[*B]`` or ``[*B, 1]``) or the one-hot code of the element, so
+            that a rollout is explained for the action that *was taken*.
 
     Raises:
-        BadValue: both ``select`` and ``by``; an index out of range; a value with several numbers a row and no ``select``.
+        BadValue: both ``select`` and ``by``; an index out of range; a value with several numbers a row and no
+        ``select``.
         BadType: a select that is none of these; a value that is not floating point.
         BadKey: the ``by`` entry is missing.
 
@@ -138,7 +141,11 @@ class Target:
             part = value[(slice(None),) * lead + index]
         except IndexError:
             part = None
-        if part is None or (all(isinstance(i, int) for i in index) and part.ndim != lead) or part.numel() == 0 < value.numel():
+        if (
+            part is None
+            or (all(isinstance(i, int) for i in index) and part.ndim != lead)
+            or part.numel() == 0 < value.numel()
+        ):
             raise BadValue(
                 f"the selection of the target {self.name} is out of range",
                 got=f"select={_select_text(select)} in rows of shape {list(row)}",
@@ -170,7 +177,9 @@ class Target:
     def _by(self, value: Tensor, td: TensorDictBase, lead: int) -> Tensor:
         index = td.get(self.by)
         if index is None:
-            raise BadKey(f"no entry {key_text(self.by)} to choose the target by", got=f"entries {list(td.keys(True, True))}")
+            raise BadKey(
+                f"no entry {key_text(self.by)} to choose the target by", got=f"entries {list(td.keys(True, True))}"
+            )
         self._need_vector(value, lead, f"by={self.by!r}")
         batch, count = value.shape[:lead], value.shape[-1]
         is_index = not (index.is_floating_point() or index.dtype == torch.bool)
@@ -180,7 +189,7 @@ class Target:
             except (RuntimeError, IndexError):
                 pass
         elif index.shape == value.shape:
-            if torch.compiler.is_compiling() or bool((index.count_nonzero(-1) == 1).all()):
+            if _transformed() or bool((index.count_nonzero(-1) == 1).all()):
                 return torch.where(index.bool(), value, 0).sum(-1)
         raise BadValue(
             f"the entry {key_text(self.by)} does not index the target {self.name}",
@@ -202,7 +211,9 @@ class Target:
 def _checked(select: Select) -> Select:
     if isinstance(select, range) or (isinstance(select, Sequence) and not isinstance(select, (str, tuple))):
         if not len(select):
-            raise BadValue("a Target without anything to explain", got=f"select={select!r}", needed="one selection or more")
+            raise BadValue(
+                "a Target without anything to explain", got=f"select={select!r}", needed="one selection or more"
+            )
         if isinstance(select, list):
             for item in select:
                 if isinstance(item, (list, range, slice)):
@@ -217,6 +228,11 @@ def _checked(select: Select) -> Select:
         got=f"select={select!r}",
         needed='an int, a tuple of ints, "argmax", a callable (value, td) -> [*batch], or a list, range or slice',
     )
+
+
+def _transformed() -> bool:
+    """Inside ``torch.compile`` or a function transform, where a value can't be looked at."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 def _select_text(select: object) -> str:

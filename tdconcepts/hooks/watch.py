@@ -10,17 +10,21 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.contexts import Run
+from tdconcepts.hooks.plans import Run
 
 __all__ = ["Read", "Record", "Seen", "Watch", "settle"]
 
 
 class Seen(NamedTuple):
-    """A value that was recorded, its version at that time (None for a copy), and what autograd takes as an input."""
+    """A value that was recorded, its version at that time (None for a copy), and what autograd takes as an input.
+
+    ``mapped``: the dim of the value that a ``vmap`` inside the model maps over.
+    """
 
     value: Tensor
     version: int | None = None
     handle: Any = None
+    mapped: int | None = None
 
 
 class Read:
@@ -37,8 +41,8 @@ class Read:
 class Watch:
     """Record where the gradient with respect to a site can be taken, and put a given point in its place.
 
-    The graph's *edge* is kept, not the tensor, so an in-place ReLU that follows changes nothing. A value without a graph
-    becomes a leaf that requires grad.
+    The graph's *edge* is kept, not the tensor, so an in-place ReLU that follows changes nothing. A value without a
+    graph becomes a leaf that requires grad.
     """
 
     def __init__(self, key: object) -> None:
@@ -58,7 +62,8 @@ class Watch:
         base = unwrapped(value)
         if base.requires_grad and given is None:
             kept = base.detach().clone() if store.get("snapshot") else base.detach()
-            store[self.key] = Seen(kept, handle=get_gradient_edge(base))
+            mapped = None if base is value else torch._C._functorch.maybe_get_bdim(value)
+            store[self.key] = Seen(kept, handle=get_gradient_edge(base), mapped=mapped)
             return value
         if base is not value:
             raise BadValue(
@@ -78,13 +83,21 @@ class Record:
 
     def __call__(self, value: Tensor, run: Run) -> Tensor:
         copied = self.clone or is_compiling() or value.is_inference()
-        kept = value.clone() if copied else value
+        kept = _copy(value) if copied else value
         seen = Seen(kept.detach() if self.detach else kept, None if copied else value._version)
         if self.keep is None:
             run.store[self.key] = [*run.store.get(self.key, ()), seen]
         else:
             run.store[self.key] = [*run.store.get(self.key, ())[1 - self.keep :], seen] if self.keep > 1 else [seen]
         return value
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A copy that autograd can use later, also of an inference tensor."""
+    if is_compiling() or not value.is_inference():
+        return value.clone()
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def check_version(seen: Seen, name: str) -> Tensor:

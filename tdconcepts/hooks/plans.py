@@ -1,0 +1,228 @@
+"""Plans and runs: what happens at which place, bound to one model, and one forward under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from tdconcepts.errors import BadValue
+from tdconcepts.hooks.leaves import get_leaf, set_leaf
+from tdconcepts.hooks.sites import Place, is_compiled
+from tdconcepts.keys import NestedKey
+
+__all__ = ["Bound", "Plan", "Run", "Step", "Stop", "stopping"]
+
+_BEGUN = "the model was called"
+
+
+class Stop(BaseException):
+    """Ends a forward early; not an ``Exception``, so that the model's own handlers don't swallow it."""
+
+
+class Step(NamedTuple):
+    """What happens when a place is reached: ``act(value, run)`` returns the value to go on with.
+
+    ``every``: called at each call of the module (an edit), else a second call raises (a reading), unless the place says
+    which call it means.
+    """
+
+    place: Place
+    act: Callable[[Tensor, Run], Tensor]
+    every: bool = False
+
+
+class Bound(NamedTuple):
+    """What a program comes to on one module.
+
+    ``steps``: what happens at which place; ``in_keys`` / ``out_keys``: what it reads and writes besides the module's
+    own; ``edit_inputs(td)``: changes entries that the module reads; ``finish(run, td)``: writes results at the end;
+    ``pull``: a target and the places that it is pulled back to; ``stop``: the forward ends after the last place, and
+    the module's outputs are not written; ``only_through``: names of what direct calls of the module can't obey.
+    """
+
+    steps: tuple[Step, ...] = ()
+    in_keys: tuple[NestedKey, ...] = ()
+    out_keys: tuple[NestedKey, ...] = ()
+    edit_inputs: Callable[[TensorDictBase], None] | None = None
+    finish: Callable[[Run, TensorDictBase], None] | None = None
+    pull: tuple[Any, tuple[Place, ...]] | None = None
+    stop: bool = False
+    only_through: tuple[str, ...] = ()
+
+
+class Plan:
+    """Steps bound to the modules of one model: resolved and checked once, entered many times.
+
+    Args:
+        root: the model.
+        steps: what happens where, in this order.
+        only_through: names of what a direct call of the model can't obey, so that it must raise.
+
+    """
+
+    def __init__(self, root: nn.Module, steps: Iterable[Step], only_through: tuple[str, ...] = ()) -> None:
+        self.root, self.steps, self.only_through = root, tuple(steps), only_through
+        self.outputs: dict[nn.Module, tuple[Step, ...]] = {}
+        self.inputs: dict[nn.Module, tuple[Step, ...]] = {}
+        for step in self.steps:
+            table = self.outputs if step.place.side == "output" else self.inputs
+            table[step.place.module] = (*table.get(step.place.module, ()), step)
+        self.names = frozenset(step.place.name for step in self.steps)
+        self._tree = tuple(root.modules())
+
+    def deaf(self) -> set[nn.Module]:
+        """The modules inside a compiled one, where torch ignores hooks that come later."""
+        return {inner for module in self._tree if is_compiled(module) for inner in module.modules()}
+
+    def modules(self) -> Iterator[tuple[nn.Module, str]]:
+        yield from ((module, "output") for module in self.outputs)
+        yield from ((module, "input") for module in self.inputs if module is not self.root)
+        if self.steps or self.only_through:
+            yield self.root, "input"  # where a standing run learns that the model is called anew,
+            if self.root not in self.outputs:
+                yield self.root, "output"  # and that the call has ended
+
+
+def stopping(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """The same steps, and the forward ends when each of their places has been reached."""
+    steps = tuple(steps)
+    names = frozenset(step.place.name for step in steps)
+    return (*steps, *(Step(step.place, _StopAfter(step.place.name, names)) for step in steps))
+
+
+class _StopAfter:
+    def __init__(self, name: str, names: frozenset[str]) -> None:
+        self.name, self.names = name, names
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        done = run.store.setdefault("done", set())
+        done.add(self.name)
+        if done == self.names:
+            raise Stop
+        return value
+
+
+class Run:
+    """One forward of a model under a plan: what its steps have stored, and how often each place was reached.
+
+    A *standing* run is what a context leaves on the thread for direct calls of the model; it starts anew at each of
+    them.
+    """
+
+    __slots__ = ("active", "calls", "owner", "plan", "reached", "standing", "store", "td")
+
+    def __init__(
+        self, plan: Plan, td: TensorDictBase | None = None, owner: object = None, standing: bool = False
+    ) -> None:
+        self.plan, self.td, self.owner, self.standing = plan, td, owner, standing
+        self.store: dict[Any, Any] = {}
+        self.calls: dict[str, int] = {}
+        self.reached: set[str] = set()
+        self.active = not standing
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Start counting anew: the model is called once more."""
+        if self.plan.only_through:
+            raise _only_through(self.plan.only_through)
+        first = args[0] if args else kwargs.get("tensordict")
+        self.td = first if isinstance(first, TensorDictBase) else None
+        self.active = True
+        self.reached.add(_BEGUN)
+        self.calls.clear()
+
+    def end(self) -> None:
+        """Forget the call that has ended."""
+        self.td, self.active = None, False
+
+    def anew(self, run: Run) -> Run:
+        """What this standing run is for the time of ``run``, which may reach stages without calling the model."""
+        if self.plan.only_through and run.plan.root is self.plan.root:
+            raise _only_through(self.plan.only_through)
+        other = Run(self.plan, run.td, self.owner, standing=True)
+        other.reached, other.active = self.reached, True
+        return other
+
+    def fire(self, steps: tuple[Step, ...], tree: Any) -> Any:
+        """Take ``steps`` at the output, or the inputs, of a module that has just been reached."""
+        group = steps[0].place.name
+        count = self.calls.get(group, 0)
+        self.calls[group] = count + 1
+        if self.standing:
+            self.reached.update((group, _BEGUN))
+            if not self.active:
+                self.td = _flowing(tree)
+        for step in steps:
+            place = step.place
+            if self.standing and not step.every:
+                continue  # what is read is read by calls of the context's own module
+            if isinstance(place.call, int):
+                if not self.active:
+                    raise BadValue(
+                        f"{place.name!r} counts calls, but the model itself is not called",
+                        needed="a call of the module that the context gives back",
+                    )
+                if place.call >= 0 and place.call != count:
+                    continue
+            elif place.call is None and count and not step.every:
+                raise BadValue(
+                    f"the module at {place.name!r} runs several times in one forward",
+                    needed="a site that says which call",
+                    fix=f'Site({place.name!r}, call=0), call=-1 or call="all"',
+                )
+            value = get_leaf(place, tree)
+            changed = step.act(value, self)
+            if changed is not value:
+                tree = set_leaf(place, tree, changed)
+        return tree
+
+    def check_reached(self) -> None:
+        """Raise for a place that was never reached in this run.
+
+        Raises:
+            BadValue: the path, and the number of calls where a later one was asked for.
+        """
+        for table in (self.plan.outputs, self.plan.inputs):
+            for steps in table.values():
+                count = self.calls.get(steps[0].place.name, 0)
+                for step in steps:
+                    wanted = step.place.call if isinstance(step.place.call, int) else 0
+                    if count <= wanted or count < -wanted:
+                        raise _never_ran(step.place, count)
+
+    def check_standing(self) -> None:
+        """As :meth:`check_reached`, over all the direct calls of a standing run."""
+        for table in (self.plan.outputs, self.plan.inputs):
+            for steps in table.values():
+                edits = any(step.every for step in steps)
+                if edits and _BEGUN in self.reached and steps[0].place.name not in self.reached:
+                    raise _never_ran(steps[0].place, 0)
+
+
+def _never_ran(place: Place, count: int) -> BadValue:
+    if count:
+        return BadValue(
+            f"the site {place.name!r} ran {count} times only", needed=f"call {place.call}", fix="a call that is there"
+        )
+    return BadValue(
+        f"the site {place.name!r} never ran",
+        needed="a module that this forward calls",
+        fix="a module whose .forward() is called directly, a container that is only looped over and a branch that "
+        "is not taken are never called: choose a module inside or around it",
+    )
+
+
+def _only_through(names: tuple[str, ...]) -> BadValue:
+    return BadValue(
+        f"an edit of what the model reads can't be obeyed by direct calls of the model: {list(names)}",
+        needed="a call of the module that the context gives back",
+        fix="with patch(model, ...) as m: m(td), env.rollout(n, m), or an explainer of m",
+    )
+
+
+def _flowing(tree: Any) -> TensorDictBase | None:
+    """The TensorDict that a stage was called with, if there is one in its output or inputs."""
+    first = tree[0][0] if isinstance(tree, tuple) and tree and isinstance(tree[0], tuple) and tree[0] else tree
+    return first if isinstance(first, TensorDictBase) else None
