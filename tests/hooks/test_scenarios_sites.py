@@ -151,16 +151,27 @@ def test_15_patching_a_reused_module_leaves_the_clean_pass_alone():
     assert net(clean)["y"].equal(expected)
 
 
+class Aliased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = linear(4, 3, 0), linear(3, 2, 1)
+        self.alias = self.first
+
+    def forward(self, x):
+        return self.last(self.alias(x))
+
+
 def test_16_a_module_with_two_names():
-    net = mlp()
-    net.module.alias = net.module[0]
-    h = net.module[0](batch()["x"])
-    for name in ("0", "alias"):
-        assert Patch({Site(name): Replace(0.0)}).on(net)(batch())["y"].equal(net.module[2](torch.zeros(5, 3)))
-        td = (Patch({Site("0"): Add(1.0)}) + Capture(name)).on(net)(batch())
+    net = TensorDictModule(Aliased(), ["x"], ["y"])
+    h = net.module.first(batch()["x"])
+    for name in ("first", "alias"):
+        assert Patch({Site(name): Replace(0.0)}).on(net)(batch())["y"].equal(net.module.last(torch.zeros(5, 3)))
+        td = (Patch({Site("first"): Add(1.0)}) + Capture(name)).on(net)(batch())
         assert td["activation", name].equal(h + 1), "an edit under one name is seen under the other"
+    both = capture(net, "first", "alias")(batch())
+    assert both["activation", "first"].equal(both["activation", "alias"])
     names = [key[1] for key in capture(net, "*").out_keys if key[0] == "activation"]
-    assert names == ["0", "1", "2"], "a glob names each module once"
+    assert names == ["first", "last"], "a glob names each module once"
 
 
 # ---------------------------------------------------------------------------------------------------- in place
