@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from tdconcepts.representations import RidgeProbe, ridge_direction
 from tdconcepts.rl import cartpole_env, compare_returns, explain_rollout, ppo_cartpole, rollout_episodes
 from tdconcepts.rl.rollouts import MASK
 
-__all__ = ["agent_section", "measure"]
+__all__ = ["FULL", "QUICK", "Budget", "agent_section", "measure"]
 
 Progress: TypeAlias = Callable[[str, float, str], None]
 
@@ -28,46 +29,62 @@ ANGLE = 2  # the place of the pole angle in the observation
 HORIZONS = (0, 1, 5, 10, 20)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How much is measured: training ``frames``, ``steps`` of the path and ``draws`` of the noise of the explainers,
+    ``episodes`` for the probes, random directions as ``controls``, and paired ``seeds``.
+    """
+
+    frames: int
+    steps: int
+    draws: int
+    episodes: int
+    controls: int
+    seeds: int
+
+
+FULL = Budget(frames=102_400, steps=50, draws=20, episodes=32, controls=5, seeds=64)
+QUICK = Budget(frames=61_440, steps=20, draws=10, episodes=16, controls=3, seeds=16)
+
+
 def agent_section(seed: int = 0, quick: bool = False, progress: Progress | None = None) -> Section:
     """Train, explain and intervene on a CartPole agent; every sentence is computed from what was measured.
 
     Args:
         seed: of the agent, the episodes and the random directions.
-        quick: a smaller training budget, fewer episodes, seeds and controls.
+        quick: measure with the smaller budget.
         progress: called as ``progress(stage, done in [0, 1], note)``.
 
     Raises:
         MissingExtra: torchrl, gymnasium or matplotlib is not installed.
     """
-    return tell_story(measure(seed, quick, progress))
+    return tell_story(measure(seed, QUICK if quick else FULL, progress))
 
 
-def measure(seed: int = 0, quick: bool = False, progress: Progress | None = None) -> Measured:
+def measure(seed: int = 0, budget: Budget = FULL, progress: Progress | None = None) -> Measured:
     """The numbers of :func:`agent_section`, without text and figures."""
     tell = progress or (lambda stage, done, note: None)
     began = time.perf_counter()
-    agent = ppo_cartpole(seed, frames=61_440 if quick else 102_400, progress=tell)
+    agent = ppo_cartpole(seed, frames=budget.frames, progress=tell)
     trained = time.perf_counter() - began
-    explained, took = _explain(agent.policy, seed, quick, tell)
-    probes, left, directions = _directions(agent.policy, seed, quick, tell)
-    seeds = range(16 if quick else 64)
-    env = cartpole_env(len(seeds))
+    explained, took = _explain(agent.policy, seed, budget, tell)
+    probes, left, directions = _directions(agent.policy, seed, budget, tell)
+    env = cartpole_env(budget.seeds)
     try:
         variants = {name: {"concept": direction.edit} for name, direction in directions.items()}
-        returns = compare_returns(env, agent.policy, variants, seeds, flip_rate=True, progress=tell)
+        returns = compare_returns(env, agent.policy, variants, range(budget.seeds), flip_rate=True, progress=tell)
     finally:
         env.close()
     return Measured(agent, (trained, took), explained, probes, left, directions, returns)
 
 
-def _explain(policy: TensorDictModuleBase, seed: int, quick: bool, tell: Progress) -> tuple[TensorDictBase, float]:
+def _explain(policy: TensorDictModuleBase, seed: int, budget: Budget, tell: Progress) -> tuple[TensorDictBase, float]:
     """Eight greedy episodes with an attribution of every logged action's logit by each method, and the seconds."""
     stage = "explaining 8 episodes"
     tell(stage, 0.0, "rolling out")
     rollout = _episodes(policy, 8, 10_000 + 100 * seed)
     target, wrt = Target("logits", by="action"), "observation"
     keys = {name: ("attribution", name) for name in METHODS}
-    steps, draws = (20, 10) if quick else (50, 20)
 
     def noise() -> torch.Generator:
         return torch.Generator().manual_seed(seed)  # the same draws for the mean and for the variance
@@ -75,9 +92,9 @@ def _explain(policy: TensorDictModuleBase, seed: int, quick: bool, tell: Progres
     methods = TensorDictSequential(
         Gradient(policy, target, wrt, out_key=keys["gradient"]),
         InputXGradient(policy, target, wrt, out_key=keys["input_x_gradient"]),
-        IntegratedGradients(policy, target, wrt, n_steps=steps, out_key=keys["integrated_gradients"]),
-        SmoothGrad(Gradient(policy, target, wrt, out_key=keys["smoothgrad"]), n_iter=draws, noise=noise()),
-        VarGrad(Gradient(policy, target, wrt, out_key=keys["vargrad"]), n_iter=draws, noise=noise()),
+        IntegratedGradients(policy, target, wrt, n_steps=budget.steps, out_key=keys["integrated_gradients"]),
+        SmoothGrad(Gradient(policy, target, wrt, out_key=keys["smoothgrad"]), n_iter=budget.draws, noise=noise()),
+        VarGrad(Gradient(policy, target, wrt, out_key=keys["vargrad"]), n_iter=budget.draws, noise=noise()),
     )
     tell(stage, 0.3, f"{int(rollout[MASK].sum()):,} actions")
     began = time.perf_counter()
@@ -88,12 +105,12 @@ def _explain(policy: TensorDictModuleBase, seed: int, quick: bool, tell: Progres
 
 
 def _directions(
-    policy: TensorDictModuleBase, seed: int, quick: bool, tell: Progress
+    policy: TensorDictModuleBase, seed: int, budget: Budget, tell: Progress
 ) -> tuple[dict[int, RidgeProbe], float, dict[str, Direction]]:
     """Probes of the pole angle by horizon, what a probe reads after the removal, and the directions to remove."""
-    stage, count = "probing the concept stage", 16 if quick else 32
-    tell(stage, 0.0, f"{count} other episodes")
-    rollout = _episodes(policy, count, 20_000 + 100 * seed)
+    stage = "probing the concept stage"
+    tell(stage, 0.0, f"{budget.episodes} other episodes")
+    rollout = _episodes(policy, budget.episodes, 20_000 + 100 * seed)
     mask, z, angle = rollout[MASK], rollout["concept"], rollout["observation"][..., ANGLE]
     probes = {}
     for number, horizon in enumerate(HORIZONS):
@@ -104,7 +121,7 @@ def _directions(
     rows = z[mask]
     logits = Gradient(policy, Target("logits", _difference), wrt="concept")(rollout[mask].select("observation"))
     wanted = {PROBE: probes[0].direction, LOGITS: logits["attribution", "concept"].mean(0)}
-    chance = random_directions(3 if quick else 5, z.shape[-1], torch.Generator().manual_seed(seed))
+    chance = random_directions(budget.controls, z.shape[-1], torch.Generator().manual_seed(seed))
     wanted |= {f"{RANDOM} {number}": direction for number, direction in enumerate(chance, 1)}
     edits = {name: RemoveDirection(direction, rows.mean(0)) for name, direction in wanted.items()}
     covariance = torch.cov(rows.T.double())

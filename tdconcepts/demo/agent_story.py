@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,12 +74,8 @@ def tell_story(measured: Measured) -> Section:
         "What drives a CartPole agent, and what it needs",
         [_trained(measured), *_attributed(measured), _probed(measured), *_tested(measured)],
         figures=[
-            _series(
-                explained, ["input_x_gradient", "integrated_gradients"], "what it adds to the taken action's logit"
-            ),
-            _series(
-                explained, ["gradient", "smoothgrad", "vargrad"], "how the taken action's logit reacts to it, per unit"
-            ),
+            _contributions(explained),
+            _sensitivities(explained),
             _dots(returns),
         ],
         tables=[_sizes(explained), _scores(measured), _effects(measured)],
@@ -225,16 +221,25 @@ def _effects(measured: Measured) -> tuple[list[str], list[list[str]], str]:
     return headers, table, caption
 
 
-def _series(explained: TensorDictBase, methods: Sequence[str], what: str) -> tuple[Figure, str]:
+def _contributions(explained: TensorDictBase) -> tuple[Figure, str]:
+    columns: dict[str, tuple[str, ...]] = {"state": ("observation",)}
+    columns |= {METHODS[name]: _key(name) for name in ("input_x_gradient", "integrated_gradients")}
+    return _series(explained, columns, "the state, and what it adds to the logit of the action that was taken")
+
+
+def _sensitivities(explained: TensorDictBase) -> tuple[Figure, str]:
+    columns = {METHODS[name]: _key(name) for name in ("gradient", "smoothgrad", "vargrad")}
+    return _series(explained, columns, "how the taken action's logit reacts to each entry of the state, per unit")
+
+
+def _series(explained: TensorDictBase, columns: Mapping[str, tuple[str, ...]], what: str) -> tuple[Figure, str]:
     steps = min(SHOWN_STEPS, int(explained[MASK][0].sum()))
     episode = explained[0, :steps]
-    columns = {"state": episode["observation"]}
-    for name in methods:
-        value = episode["attribution", name, "observation"]
-        columns[METHODS[name]] = value.sqrt() if name == "vargrad" else value
     pushes = {"pushed left": episode["action"] == 0, "pushed right": episode["action"] == 1}
-    caption = f"The first {steps} steps of the first episode: the state, and {what}; a mark for each step."
-    return over_time(FEATURES, columns, groups=pushes), caption
+    values = {title: episode[key] for title, key in columns.items()}
+    values = {title: value.sqrt() if title == METHODS["vargrad"] else value for title, value in values.items()}
+    caption = f"The first {steps} steps of the first episode: {what}. One mark for each step."
+    return over_time(FEATURES, values, groups=pushes), caption
 
 
 def _dots(returns: Returns) -> tuple[Figure, str]:
@@ -248,7 +253,7 @@ def _dots(returns: Returns) -> tuple[Figure, str]:
         reference=means[returns.names[0]][0],
     )
     caption = (
-        f"Mean return with its {100 * returns.confidence:g} % interval; each grey mark is one of "
+        f"Mean return with its {100 * returns.confidence:g}% interval; each grey mark is one of "
         f"{returns.episodes.shape[1]} paired episodes. Dashed: the unpatched mean."
     )
     return figure, caption
@@ -261,9 +266,13 @@ def _mean_sizes(explained: TensorDictBase) -> dict[str, Tensor]:
     """For each method the mean size of each feature's attribution, over the steps that count."""
     mask, sizes = explained[MASK], {}
     for name in METHODS:
-        value = explained["attribution", name, "observation"][mask].double()
+        value = explained[_key(name)][mask].double()
         sizes[name] = (value.sqrt() if name == "vargrad" else value.abs()).mean(0)
     return sizes
+
+
+def _key(method: str) -> tuple[str, ...]:
+    return ("attribution", method, "observation")
 
 
 def _controls(returns: Returns) -> list[str]:
@@ -277,4 +286,4 @@ def _signed(effect: Interval) -> str:
 
 def _percent(share: float | Tensor) -> str:
     percent = 100 * float(share)
-    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %" if percent >= 0.1 else f"{percent:.1g} %"
+    return f"{percent:.0f}%" if percent >= 10 else f"{percent:.1f}%" if percent >= 0.1 else f"{percent:.1g}%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -11,7 +12,8 @@ from tdconcepts.errors import MissingExtra, import_extra
 
 __all__ = ["Bars"]
 
-FORMAT = "{desc:<32} {percentage:3.0f} % |{bar:24}| {elapsed} {postfix}"
+FORMAT = "{desc:<32} {percentage:3.0f}% |{bar:24}| {elapsed}{postfix}"
+REFRESH = 0.1  # seconds between two drawings of a bar
 
 
 class Bars:
@@ -33,7 +35,7 @@ class Bars:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._stage, self._began, self._bar = "", 0.0, None
+        self._stage, self._began, self._drawn, self._bar = "", 0.0, 0.0, None
         self._tqdm = _tqdm() if self._stream.isatty() else None
 
     def __call__(self, stage: str, done: float, note: str = "") -> None:
@@ -44,11 +46,15 @@ class Bars:
             if self._tqdm is None:
                 print(f"{stage} ...", file=self._stream, flush=True)
             else:
-                self._bar = self._tqdm(total=1.0, desc=stage, file=self._stream, bar_format=FORMAT, dynamic_ncols=True)
+                width, height = shutil.get_terminal_size()  # never 0, as some terminals say and tqdm believes
+                size = {"ncols": min(width, 100), "nrows": height}
+                self._bar = self._tqdm(total=1.0, desc=stage, file=self._stream, bar_format=FORMAT, **size)
         if self._bar is not None:
             self._bar.n = min(max(done, 0.0), 1.0)
-            self._bar.set_postfix_str(note, refresh=done >= 1.0)
-            self._bar.update(0.0)
+            self._bar.set_postfix_str(note, refresh=False)
+            if time.perf_counter() - self._drawn > REFRESH:
+                self._bar.refresh()
+                self._drawn = time.perf_counter()
         if done >= 1.0:
             self._end(note)
 

@@ -71,7 +71,7 @@ def intervention_curve(
         BadValue: no curves, or one whose sequences differ in length. MissingExtra: matplotlib is not installed.
     """
     _need_some(curves, "curves")
-    figure, ((axes,),) = new_figure(size=(7.0, 4.2))
+    figure, ((axes,),) = new_figure(size=(8.4, 4.4))
     for number, (name, curve) in enumerate(curves.items()):
         x, mean, *band = (_values(part) for part in curve)
         if any(len(part) != len(x) for part in (mean, *band)) or len(band) not in (0, 2):
@@ -99,8 +99,8 @@ def over_time(
     Args:
         rows: the features' names, with their units after a comma; F of them.
         columns: title -> ``[T, F]``, or {series name -> ``[T, F]``}.
-        groups: name -> ``[T]``, True where a step belongs to the group (an action, say). Every column but the first is
-            then drawn as marks, a colour and shape for each group: what changes sign with the action stays legible.
+        groups: name -> ``[T]``, True where a step belongs to the group (an action, say). Steps are then drawn as marks,
+            a colour and shape for each group, so that what changes sign with the action stays legible.
         xlabel, title: texts.
 
     Raises:
@@ -117,16 +117,16 @@ def over_time(
         series = given if isinstance(given, Mapping) else {"": given}
         grid[0, column].set_title(heading)
         grid[-1, column].set_xlabel(xlabel)
-        marks = groups if groups and column else None
         for number, (name, value) in enumerate(series.items()):
             if value.ndim != 2 or value.shape[1] != len(rows):
                 raise BadValue(f"{name or heading!r} does not fit", got=_shape(value), needed=f"[T, {len(rows)}]")
             for row, axes in enumerate(grid[:, column]):
-                _draw_series(axes, value[:, row].detach().cpu(), number, name, marks)
-        handles, labels = grid[0, column].get_legend_handles_labels()
-        if labels:
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.42)}
-            grid[-1, column].legend(handles, labels, **place, frameon=False, markerscale=2.0)
+                _draw_series(axes, value[:, row].detach().cpu(), number, name, groups)
+        if any(series) and not groups:
+            grid[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), frameon=False)
+    if groups:
+        handles, _ = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, list(groups), loc="outside lower center", ncols=4, frameon=False, markerscale=2.5)
     for row, name in enumerate(rows):
         grid[row, 0].set_ylabel(name.replace(", ", "\n"))
         for axes in grid[row]:
@@ -155,7 +155,7 @@ def interval_plot(
         BadValue: no means. MissingExtra: matplotlib is not installed.
     """
     _need_some(means, "means")
-    figure, ((axes,),) = new_figure(size=(7.0, 0.42 * len(means) + 1.5))
+    figure, ((axes,),) = new_figure(size=(8.4, 0.38 * len(means) + 1.3))
     if reference is not None:
         axes.axvline(reference, color="#555555", linewidth=1.0, linestyle="--", zorder=0)
     for number, (name, (mean, low, high)) in enumerate(means.items()):

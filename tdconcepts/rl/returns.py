@@ -66,7 +66,7 @@ class Returns:
         flips = self.episodes.get("flips", None)
         finished = self.episodes.get("finished", None)
         cut = None if finished is None or bool(finished.all()) else ~finished
-        headers = ["variant", "mean return", "difference", f"{100 * self.confidence:g} % interval"]
+        headers = ["variant", "mean return", "difference", f"{100 * self.confidence:g}% interval"]
         headers += ["open-loop flips"] * (flips is not None) + ["cut episodes"] * (cut is not None)
         rows = []
         for number, name in enumerate(self.names):
@@ -74,7 +74,7 @@ class Returns:
             row = [name, f"{self.mean(name)[0]:.1f}"]
             row += [f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]"] if number else ["", ""]
             if flips is not None:
-                row.append(f"{100 * float(flips[number].mean()):.1f} %" if number else "")
+                row.append(f"{100 * float(flips[number].mean()):.1f}%" if number else "")
             if cut is not None:
                 row.append(str(int(cut[number].sum())))
             rows.append(row)

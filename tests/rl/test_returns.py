@@ -64,9 +64,9 @@ def test_table():
     flips = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.25, 0.0]])
     result = returns_of([10.0, 12.0, 8.0], [9.0, 12.0, 6.0], finished=finished, flips=flips)
     assert result.table().splitlines() == [
-        "variant    mean return  difference  95 % interval  open-loop flips  cut episodes",
-        "unpatched         10.0                                                         0",
-        "v1                 9.0        -1.0   [-3.5, +1.5]           25.0 %             1",
+        "variant    mean return  difference  95% interval  open-loop flips  cut episodes",
+        "unpatched         10.0                                                        0",
+        "v1                 9.0        -1.0  [-3.5, +1.5]            25.0%             1",
     ]
     with pytest.raises(BadValue, match="no variant 'v2'"):
         result.of("v2")
