@@ -144,8 +144,7 @@ class IntegratedGradients(TensorDictModuleBase):
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         this, outputs = self._explaining, {}
         if this.outputs:  # the module runs once: what it samples is what is written, and what by= means
-            with torch.set_grad_enabled(this.create_graph):
-                outputs = this.written(self.module(td.select(*self.module.in_keys, strict=False)))
+            outputs = this.written(self._ran(td))
             by = this.pullback.target.by
             td = td.copy().set(by, outputs[by]) if by in outputs else td
         held = self.hold(td) if held is None else held
@@ -153,6 +152,17 @@ class IntegratedGradients(TensorDictModuleBase):
         for path in self._paths:
             results |= self._along(path, td, held)
         return results | outputs
+
+    def _ran(self, td: TensorDictBase) -> TensorDictBase:
+        inputs = td.select(*self.module.in_keys, strict=False)
+        try:
+            with torch.set_grad_enabled(self._explaining.create_graph):
+                return self.module(inputs)
+        except Exception as error:
+            for key in self.module.in_keys:
+                if td.get(key) is None:
+                    raise BadKey(f"no entry {key_text(key)} in the TensorDict") from error
+            raise
 
     def _along(self, path: Pullback, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         """One path: the points on it as rows of one batch, within the chunk, and their weighted sum."""

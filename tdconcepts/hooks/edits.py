@@ -58,7 +58,7 @@ class Replace(Edit):
     value: float | Tensor | NestedKey
 
     def __call__(self, value: Tensor, td: TensorDictBase | None) -> Tensor:
-        return _operand(self.value, value, td, "Replace").expand(value.shape)
+        return _operand(self.value, value, td, "Replace").expand(value.shape).clone()  # it may be changed in place
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ class Ablate(Edit):
         else:
             new = _operand(self.to, value, td, "Ablate").expand(value.shape)
         if self.units is None:
-            return new
+            return new.clone()  # the model may change it in place
         count = value.shape[self.dim]
         if any(not -count <= unit < count for unit in self.units):
             raise BadValue(

@@ -64,7 +64,7 @@ class Watch:
             kept = base.detach().clone() if store.get("snapshot") else base.detach()
             mapped = None if base is value else torch._C._functorch.maybe_get_bdim(value)
             store[self.key] = Seen(kept, handle=get_gradient_edge(base), mapped=mapped)
-            return value
+            return value.clone() if base._is_view() else value  # an in-place operation would rebase a view's history
         if base is not value:
             raise BadValue(
                 f"the site {self.key} runs inside vmap and has no graph",
@@ -126,8 +126,8 @@ def settle(value: Tensor, batch: torch.Size) -> Tensor:
     functorch = torch._C._functorch
     if is_compiling() or not functorch.is_batchedtensor(value):
         return value
-    level = functorch.maybe_get_level(value)
-    if functorch.maybe_current_level() is not None and level <= functorch.maybe_current_level():
+    level, current = functorch.maybe_get_level(value), functorch.maybe_current_level()
+    if current is not None and (level is None or level <= current):
         return value  # the caller's own vmap
     mapped = functorch.maybe_get_bdim(value)
     return functorch.get_unwrapped(value).movedim(mapped, len(batch))
