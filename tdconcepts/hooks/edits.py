@@ -178,7 +178,7 @@ def _operand(given: float | Tensor | NestedKey, value: Tensor, td: TensorDictBas
             raise BadKey(
                 f"{name} reads an entry", got="a call without a TensorDict", fix="call the module with a TensorDict"
             )
-        given, lead = td.get(key), td.batch_dims  # type: ignore[assignment]
+        given, lead = td.get(key), td.batch_dims
         if given is None:
             raise BadKey(
                 f"no entry {key_text(key)} for {what}",

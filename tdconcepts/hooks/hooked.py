@@ -120,7 +120,7 @@ class Hooked(TensorDictModuleBase):
             pulled.outputs, tensordict, [k for k in self.out_keys if k[0] != GRADIENT or k in self.module.out_keys]
         )
         for name, gradient in zip(pull.names, pulled.gradients, strict=True):
-            tensordict.set((GRADIENT, name), gradient)  # type: ignore[arg-type]
+            tensordict.set((GRADIENT, name), gradient)
         return tensordict
 
     def _pullback(self, program: Bound) -> Pullback | None:

@@ -65,7 +65,7 @@ def _leaf_path(place: Place, tree: Any) -> tuple[Any, ...]:
             first, *rest = _as_tuple(place.leaf)
             return (0 if isinstance(first, int) else 1, first, *rest)
         if args and isinstance(args[0], TensorDictBase):
-            return (0, 0, _entry(place, place.module.in_keys, "in_keys"))  # type: ignore[arg-type]
+            return (0, 0, _entry(place, place.module.in_keys, "in_keys"))
     elif isinstance(tree, Tensor) and (place.leaf is None or place.out_keys is not None):
         return ()
     elif isinstance(tree, TensorDictBase) and place.out_keys is not None:
@@ -141,7 +141,7 @@ def _replaced(tree: Any, path: tuple[Any, ...], new: Tensor) -> Any:
     if isinstance(tree, TensorDictBase):
         return tree.set(part, new)
     if isinstance(tree, Mapping):
-        changed = tree.copy() if isinstance(tree, dict) else dict(tree)  # type: ignore[attr-defined]
+        changed: Any = tree.copy() if isinstance(tree, dict) else dict(tree)
         if type(changed) is not type(tree):
             changed = type(tree)(**changed)  # a ModelOutput's copy() is a plain dict
         changed[part] = _replaced(tree[part], rest, new)

@@ -172,7 +172,7 @@ class Run:
                     needed="a site that says which call",
                     fix=f'Site({place.name!r}, call=0), call=-1 or call="all"',
                 )
-            value = get_leaf(place, tree)
+            value = tree if place.leaf is None and isinstance(tree, Tensor) else get_leaf(place, tree)
             changed = step.act(value, self)
             if changed is not value:
                 tree = set_leaf(place, tree, changed)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
@@ -265,7 +265,7 @@ class _Apply:
     """The step of an edit: pick the part that the site names, edit it, check it, put it back."""
 
     def __init__(self, place: Place, edit: EditLike) -> None:
-        self.name, self.index, self.edit = place.name, place.index, edit
+        self.name, self.index, self.edit = place.name, place.part, edit
 
     def __call__(self, value: Tensor, run: Run) -> Tensor:
         lead = 0
@@ -293,7 +293,7 @@ class _EditInputs:
             value = td.get(key)
             if value is None:
                 raise BadKey(f"no entry {key_text(key)} to edit", needed=nearest(key, list(td.keys(True, True))))
-            new = edit(value if isinstance(edit, Edit) else value.clone(), td)  # type: ignore[arg-type]
+            new = edit(value if isinstance(edit, Edit) else value.clone(), td)
             td.set(key, checked_edit(new, value, key_text(key)))
 
 
@@ -305,12 +305,16 @@ class _Finish:
 
     def __call__(self, run: Run, td: TensorDictBase) -> None:
         batch, lead = td.batch_size, td.batch_dims
+        found = td.get(ACTIVATION)
+        written = TensorDict({}, batch_size=batch) if found is None else found
         for place in self.found:
             calls = [
-                pick(align(settle(check_version(seen, place.name), batch), batch, place.name), place.index, lead)
+                pick(align(settle(check_version(seen, place.name), batch), batch, place.name), place.part, lead)
                 for seen in run.store[("capture", place.name)]
             ]
-            td.set((ACTIVATION, place.name), torch.stack(calls, lead) if place.call == "all" else calls[0])
+            written.set(place.name, torch.stack(calls, lead) if place.call == "all" else calls[0])
+        if found is None:
+            td.set(ACTIVATION, written)
 
 
 def checked_edit(new: Any, old: Tensor, name: str) -> Tensor:

@@ -285,7 +285,8 @@ class Pullback:
 
         with torch.enable_grad():
             leaves = [starts[w] if create_graph else starts[w].detach() for w in self.wrt]
-            values, pull, (wrote, seen) = torch.func.vjp(forward, *leaves, has_aux=True)
+            values, pull, aux = torch.func.vjp(forward, *leaves, has_aux=True)  # type: ignore[misc]
+            wrote, seen = aux
             if several:
                 found = [g.movedim(0, lead) for g in torch.vmap(pull, chunk_size=width)(seeds(values))]
             else:

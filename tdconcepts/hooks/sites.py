@@ -130,7 +130,7 @@ class Place(NamedTuple):
     name: str
     module: nn.Module
     side: str
-    index: tuple[Any, ...] | None
+    part: tuple[Any, ...] | None
     call: int | str | None
     leaf: Any
     out_keys: tuple[NestedKey, ...] | None  # of a TensorDictModule, which answers a call with tensors by tensors
@@ -165,12 +165,16 @@ def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = 
             needed=f"a path in {type(root).__name__}: " + nearest(site.path, [p for p in paths if p != _ROOT]),
             fix='a TensorDict entry is named by its key alone; Site("...") names a module',
         )
-    return [_place(dataclasses.replace(site, path=name), paths[name]) for name in names]
+    return [_place(site if name == site.path else dataclasses.replace(site, path=name), paths[name]) for name in names]
 
 
 def place_of_entry(stage: nn.Module, key: NestedKey) -> Place:
     """The place where ``stage`` writes the entry ``key``: an edit there is seen by every later stage."""
-    return Place(as_key(key), key_text(key), stage, "output", None, None, as_key(key), tuple(stage.out_keys))
+    return Place(as_key(key), key_text(key), stage, "output", None, None, as_key(key), tuple(_out_keys(stage)))
+
+
+def _out_keys(stage: nn.Module) -> list[NestedKey]:
+    return stage.out_keys if isinstance(stage, TensorDictModuleBase) else []
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -189,7 +193,8 @@ def _matching(paths: Mapping[str, nn.Module], path: str) -> list[str]:
     if "*" not in path:
         return []
     glob = "".join({"**": ".*", "*": "[^.]*"}.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*)", path))
-    pattern, found = re.compile(glob), {}
+    pattern = re.compile(glob)
+    found: dict[nn.Module, str] = {}
     for name, module in paths.items():
         if name != _ROOT and pattern.fullmatch(name):
             found.setdefault(module, name)  # a module with two names is one place

@@ -134,16 +134,16 @@ class Target:
             return value.reshape(value.shape[:lead]), False
         if isinstance(select, slice):
             self._need_vector(value, lead, select)
-        index = select if isinstance(select, tuple) else (select,)
         if isinstance(select, int):
             self._need_vector(value, lead, select)
+        chosen: tuple[Any, ...] = select if isinstance(select, tuple) else (select,)
         try:
-            part = value[(slice(None),) * lead + index]
+            part = value[(slice(None),) * lead + chosen]
         except IndexError:
             part = None
         if (
             part is None
-            or (all(isinstance(i, int) for i in index) and part.ndim != lead)
+            or (all(isinstance(i, int) for i in chosen) and part.ndim != lead)
             or part.numel() == 0 < value.numel()
         ):
             raise BadValue(
