@@ -107,9 +107,7 @@ def test_13_a_capture_that_does_not_say_which_call_raises():
     assert snapshot(net) == before
 
 
-@pytest.mark.parametrize(
-    "call", [0, 1, -1, pytest.param(-2, marks=pytest.mark.xfail(strict=True, reason="D5: takes the last call"))]
-)
+@pytest.mark.parametrize("call", [0, 1, -1])
 def test_13_gradients_of_a_module_called_twice(call):
     net = twice()
     first, second, y = twice_by_hand(x3, net)
@@ -118,6 +116,18 @@ def test_13_gradients_of_a_module_called_twice(call):
     x = x3.clone().requires_grad_()
     of_layer = torch.autograd.grad(twice_by_hand(x, net)[call % 2][:, 2].sum(), x)[0]
     assert Pullback(net, Target(Site("layer", call=call), 2)).gradients(rows())[0].equal(of_layer)
+
+
+@pytest.mark.parametrize("call", [-2, "all"])
+def test_13_gradients_are_taken_at_one_call_counted_from_the_start_or_the_last(call):
+    net = twice()
+    for make in (
+        lambda: Pullback(net, Target("y", 1), Site("layer", call=call)),
+        lambda: Pullback(net, Target(Site("layer", call=call), 0)),
+        lambda: capture(net, Site("layer", call=call), gradients=Target("y", 0)),
+    ):
+        with pytest.raises(BadValue, match="'layer@"):
+            make()
 
 
 def test_14_a_module_called_twice_edits_each_call_unless_one_is_named():
@@ -508,7 +518,6 @@ def test_values_from_keys_are_rows(n):
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.xfail(strict=True, reason="D7: one number a row raises, or scales the features where B == F")
 @pytest.mark.parametrize("n", [3, 5])
 @pytest.mark.parametrize("edit", [Scale("factor"), Add("factor"), Replace("factor")])
 def test_one_number_a_row_from_a_key(n, edit):
