@@ -35,8 +35,7 @@ class MemorySelector(TensorDictModuleBase):
     writes   ``"exogenous"``                        ``[*B, out_features, exogenous_size]``
     =======  =====================================  ====================================
 
-    ``SelectorZU`` is another name of this class, PyC's. PyC's own attends over the output axis instead, so that with
-    one output the result does not depend on the input.
+    ``SelectorZU`` is another name of this class: PyC's (torch_concepts).
 
     Args:
         in_features: width of the latent.
@@ -117,8 +116,9 @@ class MemorySelector(TensorDictModuleBase):
             soft = (scores / self.temperature).softmax(-1)
         else:
             generator = self._selection if isinstance(self._selection, torch.Generator) else None
-            noise = torch.empty_like(scores, memory_format=torch.contiguous_format).exponential_(generator=generator)
-            soft = ((scores - noise.log()) / self.temperature).softmax(-1)
+            source = scores.device if generator is None else generator.device
+            noise = torch.empty(scores.shape, dtype=scores.dtype, device=source).exponential_(generator=generator)
+            soft = ((scores - noise.to(scores.device).log()) / self.temperature).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), self.memory_size).to(soft.dtype)
         return hard + (soft - soft.detach())
 

@@ -119,7 +119,7 @@ def intervene(
         fraction: the share of the candidates to replace, in [0, 1]. Default, without ``k``: all.
         k: their number instead.
         among: the candidates, by name or index. Default: all.
-        quantile: PyC's word for ``fraction`` (it is one here).
+        quantile: another word for ``fraction``, for people from PyC; here it is one.
         straight_through: whether a replaced prediction gets the gradient of the value that replaced it.
         concepts: a :class:`~tdconcepts.ConceptSpec`, or the names of binary concepts. Default: what the model declares.
         out_key: the first name of the entries that are written.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import Tensor
 
@@ -72,7 +73,8 @@ class RandomPolicy(ConceptStage):
         owner = self.splice.owner
         columns = concepts.shape[-1] if owner is None else owner[-1] + 1
         shape = (*concepts.shape[:-1], columns)
-        draws = torch.rand(shape, generator=self.generator, device=concepts.device)
+        source = concepts.device if self.generator is None else self.generator.device
+        draws = torch.rand(shape, generator=self.generator, device=source).to(concepts.device)
         return draws if owner is None else draws[..., list(owner)]
 
 
@@ -188,7 +190,7 @@ class GradientPolicy(ConceptStage):
         if self.target is None:
             gradient = tensordict.get(self._key(self.splice), None)
         elif self._source:
-            (gradient,) = self._source[0].gradients(tensordict)
+            (gradient,) = self._source[0].gradients(_with_batch(tensordict, self._source[0].in_keys, concepts))
         else:
             fix = "intervene(model, at=..., policy=GradientPolicy(target), ...) binds it to the later stages"
             raise BadValue("this policy is not part of a pipeline", got=repr(self.target), fix=fix)
@@ -208,3 +210,12 @@ class GradientPolicy(ConceptStage):
 
     def _key(self, splice: Splice) -> NestedKey:
         return join(GRADIENT, splice.at) if self.key is None else self.key
+
+
+def _with_batch(tensordict: TensorDictBase, keys: Sequence[NestedKey], concepts: Tensor) -> TensorDictBase:
+    """``tensordict`` itself, or what tensors that were passed without a batch size (by dispatch) would be with one."""
+    batch = concepts.shape[:-1]
+    entries = {key: tensordict.get(key, None) for key in keys}
+    if tensordict.batch_dims or not batch or any(e is None or e.shape[: len(batch)] != batch for e in entries.values()):
+        return tensordict
+    return TensorDict(entries, batch)

@@ -76,19 +76,20 @@ class SelectStage(TensorDictModuleBase):
         columns = score.shape[-1]
         if self._columns not in (None, columns):
             raise BadValue("not a score for these concepts", got=list(score.shape), needed=f"[*B, {self._columns}]")
-        if self._owner is not None and self._count is not None:
+        owner = None if self._owner is None else self._owner.to(score.device)
+        if owner is not None and self._count is not None:
             lowest = score.new_full((*score.shape[:-1], self._count), -torch.inf)
-            score = lowest.scatter_reduce(-1, self._owner.expand(score.shape), score, "amax")
+            score = lowest.scatter_reduce(-1, owner.expand(score.shape), score, "amax")
         if self._among is None:
             chosen = top_mask(score, self._number(score.shape[-1]))
         else:
             if self._last >= score.shape[-1]:
-                raise BadValue(
-                    "a candidate is out of range", got=f"index {self._last}", needed=f"below {score.shape[-1]}"
-                )
-            part = top_mask(score.index_select(-1, self._among), self._number(len(self._among)))
-            chosen = torch.zeros_like(score, dtype=torch.bool).index_copy(-1, self._among, part)
-        return chosen if self._owner is None else chosen.index_select(-1, self._owner)
+                got, needed = f"index {self._last}", f"below {score.shape[-1]}"
+                raise BadValue("a candidate is out of range", got=got, needed=needed)
+            among = self._among.to(score.device)
+            part = top_mask(score.index_select(-1, among), self._number(len(among)))
+            chosen = torch.zeros_like(score, dtype=torch.bool).index_copy(-1, among, part)
+        return chosen if owner is None else chosen.index_select(-1, owner)
 
     @dispatch(auto_batch_size=False)
     @set_skip_existing(None)

@@ -41,7 +41,7 @@ def test_soft_selection_is_the_formula(temperature, out_features):
 
 
 def test_with_one_output_the_input_still_matters():
-    """PyC attends over the output axis: with one output its weights are all 1, and the input gets no gradient."""
+    """A softmax over the outputs (torch_concepts before 1.0.0a7) gives a single output the weight 1, whatever x is."""
     model = selector(out_features=1)
     x = torch.randn(4, 6, requires_grad=True)
     out = model(latent=x)

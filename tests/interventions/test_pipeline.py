@@ -152,7 +152,7 @@ def test_training_goes_through_what_is_left():
 
 
 def test_a_nan_in_an_untouched_place_stays_out_of_result_and_gradient():
-    """PyC multiplies by the mask, so a NaN label anywhere makes the row NaN."""
+    """A blend by multiplication, ``c * keep + label * (1 - keep)``, would spread it: 0 * NaN is NaN."""
     model, td = network(), data(5)
     td["labels"] = td["labels"].float()
     td["labels"][:, 1] = math.nan
@@ -280,7 +280,7 @@ def test_a_model_with_selected_keys_can_be_intervened_on():
 
 
 def test_copies_pickles_and_state_dicts():
-    """PyC's deep copies run the original, its pickles fail."""
+    """No closure over the original: a copy runs its own weights."""
     fixed = intervene(network(), policy=UncertaintyPolicy(), strategy=GroundTruth("labels"), k=2)
     expected = fixed(data(5))["logits"]
     for other in (copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):

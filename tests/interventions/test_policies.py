@@ -58,7 +58,7 @@ def test_policies_have_no_state_and_can_be_copied(policy):
 
 
 def test_uniform_replaces_by_index_and_exactly_k():
-    """With PyC's, everything ties, and everything is replaced."""
+    """All scores tie, and still k are replaced, not all."""
     assert [replaced(UniformPolicy(), torch.rand(4), k) for k in range(5)] == [[], [0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
@@ -98,6 +98,10 @@ def test_random_is_reproducible_by_its_generator_and_leaves_the_global_one_alone
     assert not torch.equal(first, score(RandomPolicy(torch.Generator().manual_seed(6)), concepts))
     policy = RandomPolicy(torch.Generator().manual_seed(5))
     assert not torch.equal(score(policy, concepts), score(policy, concepts))
+
+
+def test_random_draws_where_its_generator_is():
+    assert score(RandomPolicy(torch.Generator()), torch.zeros(3, 4, device="meta")).device.type == "meta"
 
 
 def test_random_chooses_each_concept_as_often():
@@ -145,7 +149,7 @@ def test_gradient_is_the_influence_on_the_target_at_the_predictions(batch, dtype
     assert not td["intervention", "score"].requires_grad
     if x.numel():
         chosen = td["intervention", "mask"].float().argmax(-1)
-        assert torch.equal(chosen, expected.argmax(-1))  # the most influential is replaced; PyC's replaces the least
+        assert torch.equal(chosen, expected.argmax(-1))  # the most influential is replaced
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -168,6 +172,16 @@ def test_gradient_of_the_logged_action():
     torch.testing.assert_close(
         td["intervention", "score"], torch.einsum("bcd,bd->bc", net[2].module.weight[action], x).abs()
     )
+
+
+def test_gradient_of_tensors_without_a_batch_size():
+    """Dispatch can't know how many dims are the batch: the concepts tell it."""
+    net, x, action = model(), torch.randn(5, 6), torch.tensor([0, 1, 2, 1, 0])
+    for target, entries in ((Target("logits", "argmax"), {}), (Target("logits", by="action"), {"action": action})):
+        fixed = intervene(net, policy=GradientPolicy(target), strategy=Do(0.0), k=1)
+        expected = fixed(TensorDict({"x": x, **entries}, [5]))
+        answers = dict(zip(fixed.out_keys, fixed(x=x, **entries), strict=True))
+        torch.testing.assert_close(answers["intervention", "score"], expected["intervention", "score"])
 
 
 def test_gradient_samples_no_action():
@@ -196,7 +210,7 @@ def test_gradient_is_not_changed_by_frozen_parameters_and_owns_none():
 
 
 def test_copies_of_a_gradient_policy_follow_the_copied_weights():
-    """PyC's deep copies go on running the original."""
+    """A copy does not go on running the original's head."""
     fixed = intervene(model(), policy=GradientPolicy(Target("logits", 1)), strategy=Do(0.0), k=1)
     x = torch.randn(5, 6)
     expected = fixed(TensorDict({"x": x}, [5]))["intervention", "score"].clone()
@@ -209,7 +223,7 @@ def test_copies_of_a_gradient_policy_follow_the_copied_weights():
 
 
 def test_gradients_from_a_key():
-    gradients = torch.tensor([0.1, 5.0, -10.0, 0.5])  # PyC's GradientPolicy replaces columns 0 and 3
+    gradients = torch.tensor([0.1, 5.0, -10.0, 0.5])  # the largest, whatever their sign: 2 and 1
     entries = {"gradient": {"concepts": gradients}}
     assert score(GradientPolicy(), torch.zeros(4), **entries).tolist() == gradients.abs().tolist()
     assert replaced(GradientPolicy(), torch.zeros(4), 2, **entries) == [1, 2]

@@ -59,7 +59,7 @@ def test_the_score_is_not_changed():
 @pytest.mark.parametrize("fraction", [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
 @pytest.mark.parametrize("ties", [True, False])
 def test_a_fraction_is_a_fraction(n, fraction, ties):
-    """PyC's quantile replaces 1 + floor(q (n - 1)), one of two at q = 0, and everything where all scores tie."""
+    """Not 1 + floor(fraction (n - 1)), as torch_concepts' quantile has it, and no more where scores tie."""
     score = torch.zeros(5, n) if ties else torch.rand(5, n)
     mask = SelectStage(Splice(), fraction=fraction).mask(score)
     assert mask.sum(-1).tolist() == [round(fraction * n)] * 5
@@ -85,7 +85,7 @@ def test_candidates_by_index(among, expected):
 
 
 def test_a_categorical_concepts_columns_are_chosen_together():
-    """Its score is the largest of its columns; PyC would replace single states of a one-hot block."""
+    """Its score is the largest of its columns; no single state of a one-hot block is replaced."""
     score = torch.tensor([[0.3, 0.0, 0.9, 0.1, 0.2], [0.3, 0.0, 0.1, 0.1, 0.2]])
     assert SelectStage(NAMED, k=1).mask(score).int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
     assert SelectStage(NAMED, k=2).mask(score).int().tolist() == [[1, 1, 1, 1, 0], [1, 0, 0, 0, 1]]
@@ -111,10 +111,10 @@ def test_it_compiles_in_one_graph_and_maps():
         assert torch.equal(torch.vmap(stage.mask)(score), expected)
 
 
-def test_candidates_are_no_state_and_follow_the_module():
+def test_candidates_are_no_state_and_follow_the_scores():
     stage = SelectStage(NAMED, among=["wing", "colour"])
     assert not stage.state_dict()
-    assert stage.to("meta").mask(torch.zeros(2, 5, device="meta")).device.type == "meta"
+    assert stage.mask(torch.zeros(2, 5, device="meta")).device.type == "meta"  # built here, used where the model is
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_straight_through_gives_it_the_gradient_of_what_replaced_it():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("straight_through", [False, True])
 def test_what_is_not_finite_stays_where_it_is(bad, straight_through):
-    """PyC multiplies by the mask: a NaN label in an untouched column, or a NaN prediction that is replaced, leaks."""
+    """A NaN label in an untouched column and a NaN prediction that is replaced: neither leaks."""
     concepts = torch.tensor([bad, 0.25, 0.5], requires_grad=True)
     value = torch.tensor([1.0, bad, bad], requires_grad=True)
     td = ReplaceStage(Splice(), straight_through=straight_through)(given(concepts, [True, False, False], value))

@@ -86,7 +86,7 @@ def test_labels_are_read_from_the_same_row(batch, dtype, label):
 
 
 def test_a_ground_truth_of_one_is_not_the_logit_one():
-    """PyC writes 1, whose sigmoid is .731, for a label 1, and 0, whose sigmoid is .5, for a label 0."""
+    """The sigmoid of the logit 1 is .731, that of the logit 0 is .5."""
     got = value(GroundTruth("y", space="logits"), torch.zeros(2), y=torch.tensor([1, 0])).sigmoid()
     assert got.tolist() == pytest.approx([1.0, 0.0], abs=2 * EPS)
 
