@@ -163,7 +163,7 @@ def _tested(measured: Measured) -> list[str]:
         f"Over {returns.episodes.shape[1]} paired seeds the unpatched policy returns "
         f"{returns.mean(returns.names[0])[0]:.1f}. Removing the logit-difference direction changes that by "
         f"{_signed(logits)}, removing the probe's direction by {_signed(probe)}, and removing one of {len(chance)} "
-        f"random directions by {min(chance):+.1f} to {max(chance):+.1f} (in brackets: {100 * returns.confidence:g} % "
+        f"random directions by {min(chance):+.1f} to {max(chance):+.1f} (in brackets: {100 * returns.confidence:g}% "
         "intervals of the paired mean difference)."
     )
     needs, uses = beyond(logits, widest), beyond(probe, widest)
@@ -209,14 +209,16 @@ def _scores(measured: Measured) -> tuple[list[str], list[list[str]], str]:
 
 def _effects(measured: Measured) -> tuple[list[str], list[list[str]], str]:
     headers, rows = measured.returns.rows()
-    headers = ["removed from concept", *headers[1:], "cosine with logits", "variance share"]
+    headers = ["removed", "return", *headers[2:4], "flips", *headers[5:], "cosine", "variance"]
     table = [[*rows[0], "", ""]]
     for row in rows[1:]:
         direction = measured.directions[row[0]]
         table.append([*row, f"{direction.cosine:.2f}", _percent(direction.variance)])
     caption = (
-        f"Closed loop: mean return over {measured.returns.episodes.shape[1]} paired seeds when a direction is removed. "
-        "Open-loop flips: the share of the unpatched policy's steps at which the patched one would act differently."
+        f"Closed loop: mean return over {measured.returns.episodes.shape[1]} paired seeds when a direction is "
+        "removed from the concept stage. Flips: the share of the unpatched policy's steps at which the patched one "
+        "would act otherwise (open loop). Cosine: with the logit difference. Variance: the share of the stage's "
+        "variance along the direction."
     )
     return headers, table, caption
 

@@ -2,12 +2,11 @@
 
 import pytest
 
-pytest.importorskip("torchrl")
-pytest.importorskip("gymnasium")
-
 
 @pytest.fixture(scope="session")
 def agent():
+    pytest.importorskip("torchrl")
+    pytest.importorskip("gymnasium")
     from tdconcepts.rl import ppo_cartpole
 
     return ppo_cartpole(seed=4)  # the seed that stops earliest
@@ -15,6 +14,8 @@ def agent():
 
 @pytest.fixture
 def env():
+    pytest.importorskip("torchrl")
+    pytest.importorskip("gymnasium")
     from tdconcepts.rl import cartpole_env
 
     env = cartpole_env(8)

@@ -29,6 +29,7 @@ def test_the_policy_samples_where_it_is_asked_to():
 
 
 def test_the_environment_starts_slot_by_slot():
+    pytest.importorskip("torchrl")
     one, several = cartpole_env(1), cartpole_env(3, seed=7)
     assert several.batch_size == torch.Size([3])
     starts = several.reset(seed=[7, 8, 9])["observation"]
@@ -49,6 +50,7 @@ def test_it_learns(agent):
 
 
 def test_a_seed_repeats_and_leaves_the_global_state_alone():
+    pytest.importorskip("torchrl")
     before, python = torch.get_rng_state(), random.getstate()
     notes = []
     first = ppo_cartpole(seed=3, frames=2048, progress=lambda *note: notes.append(note))

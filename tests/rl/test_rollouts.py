@@ -6,7 +6,10 @@ from tensordict import LazyStackedTensorDict, TensorDict, lazy_stack
 from tensordict.nn import InteractionType, TensorDictModule, set_interaction_type
 from tensordict.nn.probabilistic import interaction_type
 
+from tdconcepts.attribution import Gradient
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks import Target
+from tdconcepts.rl.agents import cartpole_policy
 from tdconcepts.rl.rollouts import MASK, explain_rollout, rollout_episodes
 
 KEY = ("attribution", "observation")
@@ -111,6 +114,28 @@ def test_ragged_trajectories_say_how_to_pad():
         explain_rollout(explainer(), ragged)
 
 
+def test_the_logged_action_is_explained_not_a_new_one():
+    policy, td = cartpole_policy(8), rollout(2, 50)
+    with set_interaction_type(InteractionType.RANDOM):
+        policy(td)
+    assert 0 < int((td["action"] != td["logits"].argmax(-1)).sum()) < 100
+    found = explain_rollout(Gradient(policy, Target("logits", by="action"), wrt="observation"), td)
+    for i in range(2):
+        for t in range(50):
+            x = td["observation"][i, t].clone().requires_grad_()
+            logits = policy[2].module(policy[1].module(policy[0].module(x)))
+            (slow,) = torch.autograd.grad(logits[td["action"][i, t]], x)
+            assert torch.allclose(found[KEY][i, t], slow, atol=1e-6)
+    for key in td.keys(True, True):
+        assert torch.equal(found[key], td[key])
+
+
+def test_a_latent_is_explained_by_wrt():
+    policy, td = cartpole_policy(8), rollout(2, 5)
+    found = explain_rollout(Gradient(policy, Target("logits", by="action"), wrt="concept"), td)
+    assert torch.allclose(found["attribution", "concept"], policy[2].module.weight.detach()[td["action"]])
+
+
 def test_bad_input():
     td = rollout(2, 5)
     with pytest.raises(BadType, match="the explainer is not a TensorDictModule"):
@@ -148,7 +173,7 @@ def test_rollout_episodes_masks_the_first_episode(env):
 
 
 def test_rollout_episodes_of_one_environment():
-    from torchrl.envs import GymEnv
+    GymEnv = pytest.importorskip("torchrl.envs").GymEnv  # noqa: N806
 
     lean = TensorDictModule(lambda o: (o[..., 2] > 0).long(), ["observation"], ["action"])
     td = rollout_episodes(GymEnv("CartPole-v1", categorical_action_encoding=True), lean, seeds=[1])
