@@ -65,9 +65,6 @@ class ConceptActivation(TensorDictModuleBase):
             raise BadValue("the TensorDict is locked", got=f"{key_text(out_key)} to write", fix="pass td.copy()")
         return tensordict.set(out_key, self.concepts.probs(logits))
 
-    def extra_repr(self) -> str:
-        return f"{list(self.concepts.names)}"
-
 
 class ConceptBottleneck(TensorDictSequential):
     """Input -> concepts -> task, where the task head sees the concepts and nothing else unless told to.

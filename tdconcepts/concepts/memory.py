@@ -139,11 +139,5 @@ class MemorySelector(TensorDictModuleBase):
         memory = self.memory.weight.unflatten(-1, (self.memory_size, self.exogenous_size))
         return tensordict.set(out_key, torch.einsum("...tm,tme->...te", self.weights(latent), memory))
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, memory_size={self.memory_size}, exogenous_size={self.exogenous_size}, "
-            f"out_features={self.out_features}, temperature={self.temperature}"
-        )
-
 
 SelectorZU = MemorySelector

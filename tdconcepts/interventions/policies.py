@@ -135,6 +135,9 @@ class GradientPolicy(ConceptStage):
     needs: no action is sampled). Without one, it is read from an entry that an earlier stage wrote. Without either, it
     is an error, unless ``fallback="uniform"``, which then scores as :class:`UniformPolicy`.
 
+    The later stages run twice then, for the gradient and for the model: a capture inside them says which call it means,
+    ``Site("head", call=-1)``.
+
     Args:
         target: a :class:`~tdconcepts.Target` with one value for each row, in terms of a later entry.
         key: where to read gradients, when there is no target.

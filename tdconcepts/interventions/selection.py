@@ -96,10 +96,6 @@ class SelectStage(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         return write(tensordict, self._keys[1], self.mask(read_block(tensordict, self._keys[0])))
 
-    def extra_repr(self) -> str:
-        among = "" if self._among is None else f", among={self._among.tolist()}"
-        return (f"fraction={self.fraction}" if self.k is None else f"k={self.k}") + among
-
     def _number(self, candidates: int) -> int:
         if self.k is None:
             return round(self.fraction * candidates)

@@ -119,9 +119,6 @@ class ConceptStage(TensorDictModuleBase):
         concepts = read_block(tensordict, self._at)
         return write(tensordict, self._out, self.compute(concepts.detach(), tensordict))
 
-    def extra_repr(self) -> str:
-        return f"at={self._at!r}"
-
 
 class CallableStage(ConceptStage):
     """A plain function ``(concepts, tensordict) -> tensor or number`` as a policy or a strategy.
@@ -212,9 +209,6 @@ class ReplaceStage(TensorDictModuleBase):
             new = new + (finite - finite.detach())
         write(tensordict, before, concepts)
         return tensordict.set(at, torch.where(mask, new, concepts))
-
-    def extra_repr(self) -> str:
-        return f"at={self._keys[0]!r}" + (", straight_through=True" if self.straight_through else "")
 
 
 def read_block(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

@@ -94,10 +94,6 @@ class Do(ConceptStage):
             got, needed = list(constant.shape), f"what broadcasts to {list(concepts.shape)}"
             raise BadValue("the value does not fit the concepts", got=got, needed=needed) from None
 
-    def extra_repr(self) -> str:
-        value = self.constant.tolist() if self.constant.numel() <= 8 else list(self.constant.shape)
-        return f"{value}" + (f", space={self.space!r}" if self.space else "")
-
 
 class GroundTruth(ConceptStage):
     """Writes the true concepts, read from an entry of the same TensorDict.
@@ -174,9 +170,6 @@ class GroundTruth(ConceptStage):
         probs = labels.to(concepts)
         is_logits = (self.space or self.splice.space) == "logits"
         return to_logits(probs, cardinalities) if is_logits else probs
-
-    def extra_repr(self) -> str:
-        return f"{self.key!r}" + (f", space={self.space!r}" if self.space else "")
 
 
 def _one_hot(states: Tensor, concepts: Tensor, cardinalities: Sequence[int]) -> Tensor:
