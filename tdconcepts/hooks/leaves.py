@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from tdconcepts.errors import BadKey, nearest
+from tdconcepts.errors import BadKey, BadValue, nearest
 from tdconcepts.hooks.sites import Place
 from tdconcepts.keys import NestedKey, as_key
 
@@ -40,7 +40,16 @@ def set_leaf(place: Place, tree: Any, new: Tensor) -> Any:
 
 def pick(value: Tensor, index: tuple[Any, ...] | None, lead: int) -> Tensor:
     """The part of ``value`` that ``index`` names in each row; ``lead`` dims in front of it are the batch."""
-    return value if index is None else value[(slice(None),) * lead + index]
+    if index is None:
+        return value
+    try:
+        return value[(slice(None),) * lead + index]
+    except IndexError:
+        raise BadValue(
+            "the index of a site is out of range",
+            got=f"{list(index)} in rows of shape {list(value.shape[lead:])}",
+            needed="indices within the row, one for each of its dims at most",
+        ) from None
 
 
 def put(value: Tensor, index: tuple[Any, ...] | None, lead: int, new: Tensor) -> Tensor:
@@ -50,8 +59,8 @@ def put(value: Tensor, index: tuple[Any, ...] | None, lead: int, new: Tensor) ->
     shape = value.shape[lead:]
     where = torch.arange(shape.numel(), device=value.device).view(shape)[index].reshape(-1)
     flat = value.flatten(lead) if value.ndim > lead else value.unsqueeze(-1)
-    spread = where.expand(*value.shape[:lead], -1)
-    return flat.scatter(-1, spread, new.reshape(*value.shape[:lead], -1)).view(value.shape)
+    spread = where.expand(*value.shape[:lead], where.numel())
+    return flat.scatter(-1, spread, new.reshape(spread.shape)).view(value.shape)
 
 
 def _leaf_path(place: Place, tree: Any) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictModuleWrapper
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
@@ -18,7 +18,7 @@ __all__ = ["Place", "Site", "is_compiled", "module_paths", "place_of_entry", "pl
 
 Index: TypeAlias = Any  # int | slice | Ellipsis | list of int | tuple of these
 _TEXT = re.compile(
-    r"(?P<path>[^:\[@]*)(?::(?P<side>in|out)(?:put)?(?:\.(?P<leaf>[^\[@]+))?)?(?:\[(?P<index>.*)\])?(?:@(?P<call>-?\d+|all))?"
+    r"(?P<path>[^:\[\]@]*)(?::(?P<side>in|out)(?:put)?(?:\.(?P<leaf>[^\[@]+))?)?(?:\[(?P<index>.*)\])?(?:@(?P<call>-?\d+|all))?"
 )
 _ROOT = "."
 
@@ -207,6 +207,7 @@ def _walk(module: nn.Module, path: str, full: bool, found: dict[str, nn.Module],
     if not full:
         wraps = isinstance(module, (TensorDictModuleBase, *parallel))
         hidden = "module" if wraps else "_orig_mod" if "_orig_mod" in module._modules else None
+        hidden = "td_module" if isinstance(module, TensorDictModuleWrapper) else hidden
     for name, child in module._modules.items():
         if child is None or child in above:
             continue

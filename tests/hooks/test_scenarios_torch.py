@@ -530,7 +530,6 @@ def test_45_captures_are_the_same_in_each_form_of_a_call():
         assert alone(batch())[key].equal(expected)
 
 
-@pytest.mark.xfail(strict=True, reason="D18: the wrapper's layer is not hidden")
 def test_45_paths_hide_the_layer_of_a_wrapper():
     net = actor()
     assert capture(TensorDictModuleWrapper(net), "0.1")(batch())["activation", "0.1"].equal(net[0].module(batch()["x"]))
