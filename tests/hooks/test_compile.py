@@ -1,4 +1,4 @@
-"""Compiled in one graph = eager: captured, patched and explained modules, with the contexts entered before and after."""
+"""Compiled in one graph = eager: captures, edits and gradients, with the contexts entered before and after."""
 
 import shutil
 
@@ -70,7 +70,10 @@ PROGRAMS = {
     "gradients under an edit": (mlp, Patch({Site("0"): Scale(2.0)}) + Capture("0", gradients=Target("y", 1))),
     "gradients between stages": (pipeline, Capture("0", "1", gradients=Target("y", "argmax"))),
     "gradients of an activation": (mlp, Capture("0", gradients=Target(Site("1"), 2))),
-    "convolutions": (lambda: TensorDictModule(Convolutions(), ["x"], ["y"]), Capture("body.0", gradients=Target("y", 0))),
+    "convolutions": (
+        lambda: TensorDictModule(Convolutions(), ["x"], ["y"]),
+        Capture("body.0", gradients=Target("y", 0)),
+    ),
 }
 
 
@@ -161,7 +164,10 @@ def test_new_tensors_in_an_edit_need_no_new_graph():
 
 def test_errors_in_a_compiled_context():
     net = mlp()
-    for program, error in ((Patch({Site("0"): Replace(torch.ones(7))}), BadValue), (Patch({Site("0"): Replace("nope")}), BadKey)):
+    for program, error in (
+        (Patch({Site("0"): Replace(torch.ones(7))}), BadValue),
+        (Patch({Site("0"): Replace("nope")}), BadKey),
+    ):
         before = snapshot(net)
         with program.on(net) as m, pytest.raises((error, torch._dynamo.exc.TorchDynamoException)):
             one_graph(m)(batch())

@@ -150,7 +150,8 @@ def test_06_the_tensors_of_the_caller_are_as_they_were():
     td = batch(donor=torch.randn(5, 3))
     td["x"].requires_grad_()
     before = entries(td)
-    (capture(net, "1", gradients=Target("y", 0)).program + patch(net, {Site("0"): Replace("donor")}).program).on(net)(td)
+    program = capture(net, "1", gradients=Target("y", 0)).program + patch(net, {Site("0"): Replace("donor")}).program
+    program.on(net)(td)
     after = entries(td)
     assert {key: after[key] for key in before} == before
     assert td["x"].requires_grad
@@ -323,7 +324,7 @@ def test_23_the_context_itself_copies_and_pickles(inside):
     net = mlp()
     expected = patch(net, {Site("0"): Scale(2.0)})(batch())["y"]
     m = capture(net, "1").program.on(net)
-    with (m if inside else contextlib.nullcontext()):
+    with m if inside else contextlib.nullcontext():
         for clone in clones((patch(net, {Site("0"): Scale(2.0)}).program + m.program).on(net)):
             with clone as c:
                 td = c(batch())
@@ -336,7 +337,7 @@ def test_23_the_context_itself_copies_and_pickles(inside):
     assert not hook_count(net)
 
 
-# ---------------------------------------------------------------------------------------------------- threads, processes
+# ---------------------------------------------------------------------------------------------------- other threads
 
 
 def in_threads(count, work):
@@ -367,7 +368,9 @@ def test_24_threads_with_different_edits_are_isolated():
             with patch(net, {Site("0"): Add(float(i))}) as m, capture(net, "0") as c:
                 assert m(batch())["y"].equal(expected[i])
                 assert net(batch())["y"].equal(expected[i])
-                assert c(batch())["activation", "0"].equal(net.module[0].__class__.forward(net.module[0], batch()["x"]) + i)
+                assert c(batch())["activation", "0"].equal(
+                    net.module[0].__class__.forward(net.module[0], batch()["x"]) + i
+                )
 
     in_threads(4, work)
     assert not hook_count(net)

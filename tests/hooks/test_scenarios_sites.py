@@ -48,12 +48,12 @@ def test_08_a_capture_after_an_edit_sees_the_edited_value():
     assert after.on(net)(batch())["activation", "0"].equal(h + 1)
 
 
-def test_08_a_capture_before_an_edit_in_place_is_loud_or_right():
+def test_08_a_capture_before_an_edit_in_place_is_right():
     net = mlp()
     h = net.module[0](batch()["x"])
-    with capture(net, "0") as m, patch(net, {Site("0"): lambda value, td: value.mul_(2) and None}):
-        with pytest.raises(RuntimeError):
-            m(batch())
+    edit = Patch({Site("0"): lambda value, td: value.zero_() and None})
+    with capture(net, "0") as m, edit.on(net):
+        assert m(batch())["activation", "0"].equal(h)
     edit = Patch({Site("0"): lambda value, td: value.zero_()})
     assert (Capture("0") + edit).on(net)(batch())["activation", "0"].equal(h)
 
@@ -83,7 +83,13 @@ def twice_by_hand(x, net, edit0=lambda v: v, edit1=lambda v: v):
 def test_13_a_module_called_twice_captures_each_call():
     net = twice()
     first, second, y = twice_by_hand(x3, net)
-    for call, expected in ((0, first), (1, second), (-1, second), (-2, first), ("all", torch.stack([first, second], 1))):
+    for call, expected in (
+        (0, first),
+        (1, second),
+        (-1, second),
+        (-2, first),
+        ("all", torch.stack([first, second], 1)),
+    ):
         td = capture(net, Site("layer", call=call))(rows())
         assert td["activation", f"layer@{call}"].equal(expected)
         assert td["y"].equal(y)
@@ -96,7 +102,7 @@ def test_13_a_capture_that_does_not_say_which_call_raises():
     net = twice()
     before = snapshot(net)
     for m in (capture(net, "layer"), capture(net, "layer:in"), capture(net, "layer", gradients=Target("y", 0))):
-        with pytest.raises(BadValue, match="'layer.*runs several times.*") as error:
+        with pytest.raises(BadValue, match=r"'layer.*runs several times") as error:
             m(rows())
         assert "call=0" in str(error.value)
     with pytest.raises(BadValue, match="runs several times"):
@@ -319,7 +325,10 @@ def test_19_a_model_output_of_transformers():
     net = TensorDictModule(
         Gives(lambda a, b: outputs.BaseModelOutput(last_hidden_state=a, hidden_states=(b, a))), ["x"], ["y"]
     )
-    with patch(net, {Site("part", leaf="last_hidden_state"): Replace(9.0), Site("part", leaf=("hidden_states", 1)): Replace(3.0)}) as m:
+    with patch(
+        net,
+        {Site("part", leaf="last_hidden_state"): Replace(9.0), Site("part", leaf=("hidden_states", 1)): Replace(3.0)},
+    ) as m:
         td = m(batch())
     seen = net.module.seen
     assert type(seen) is outputs.BaseModelOutput
@@ -416,8 +425,12 @@ def test_29_a_site_that_never_runs():
     net.module.unused = nn.Linear(3, 3)
     net.module.forward = lambda x: nn.Sequential.forward(net.module[:3], x)
     before = snapshot(net)
-    for program in (Capture("unused"), Patch({Site("unused"): Scale(0.0)}), Capture("0", "unused:in", gradients=Target("y", 0))):
-        with pytest.raises(BadValue, match="the site 'unused.* never ran"):
+    for program in (
+        Capture("unused"),
+        Patch({Site("unused"): Scale(0.0)}),
+        Capture("0", "unused:in", gradients=Target("y", 0)),
+    ):
+        with pytest.raises(BadValue, match=r"the site 'unused.* never ran"):
             program.on(net)(batch())
     with pytest.raises(BadValue, match="the site 'unused' never ran"):
         Pullback(net, Target("y", 0), Site("unused")).gradients(batch())
@@ -445,7 +458,7 @@ def test_29_a_site_that_never_runs():
 def test_30_a_replacement_of_another_shape(edit):
     net = mlp()
     before = snapshot(net)
-    with pytest.raises(BadValue, match="[53]") as error, patch(net, {Site("0"): edit}) as m:
+    with pytest.raises(BadValue, match=r"[53]") as error, patch(net, {Site("0"): edit}) as m:
         m(batch())
     text = str(error.value)
     assert "got:" in text
