@@ -30,7 +30,7 @@ def close(one, other, tolerance=1e-10):
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-# -------------------------------------------------------------------------------------------------------- the formulas
+# ---------------------------------------------------------------------------------------- the formulas
 
 
 @pytest.mark.parametrize("index", [0, 2, -1])
@@ -98,7 +98,7 @@ def test_an_addition_in_place_in_the_forward(batch):
     close(td["attribution", "x"], (at_first @ model.first.weight).detach())
 
 
-# ---------------------------------------------------------------------------------------------------------------- Captum
+# ---------------------------------------------------------------------------------------- Captum
 
 
 @pytest.mark.parametrize("absolute", [True, False])
@@ -121,7 +121,7 @@ def test_input_x_gradient_of_captum_for_entries_and_layers(net, batch):
     close(td["attribution", "4:in"], layer.attribute(td["x"], target=2, attribute_to_layer_input=True).detach())
 
 
-# --------------------------------------------------------------------------------------------------------------- targets
+# ---------------------------------------------------------------------------------------- targets
 
 
 def value_of_second(value, td):
@@ -177,7 +177,6 @@ class Contrast:
         return value.gather(-1, td["action"][..., None])[..., 0] - value.amax(-1)
 
 
-@pytest.mark.xfail(reason="callables have no in_keys yet", strict=False)
 def test_a_callable_sees_the_entries_that_it_names(net, batch):
     td = batch(6)
     explain = Gradient(net, Target("logits", Contrast()))
@@ -196,7 +195,7 @@ def test_an_input_that_does_not_matter_has_zeros(batch):
         assert torch.equal(td["attribution", "z"], torch.zeros_like(td["attribution", "z"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------- policies
+# ---------------------------------------------------------------------------------------- policies
 
 
 class Counted(torch.distributions.Categorical):
@@ -266,7 +265,7 @@ def test_an_explained_actor_in_a_rollout_and_a_collector():
         assert set(td["action"].unique().tolist()) <= {0, 1}
 
 
-# -------------------------------------------------------------------------------------------------------------- the graph
+# ---------------------------------------------------------------------------------------- the graph
 
 
 def test_second_derivatives():
@@ -306,7 +305,7 @@ def test_results_are_tensors_of_their_own(batch):
     assert td["attribution", "z"].eq(1).all()
 
 
-# --------------------------------------------------------------------------------------------------------- rows in flight
+# ---------------------------------------------------------------------------------------- rows in flight
 
 
 @pytest.mark.parametrize(
@@ -330,7 +329,7 @@ def test_the_model_runs_once_for_all_targets(net, batch, rows_seen):
     assert seen == [5]
 
 
-# ---------------------------------------------------------------------------------------------------- what is in the table
+# ---------------------------------------------------------------------------------------- what is in the table
 
 
 def test_integer_inputs_are_explained_at_the_embedding():
@@ -367,7 +366,7 @@ def test_explanations_of_two_targets_live_side_by_side(net, batch):
     close(td["a", "x"].abs(), td["b", "x"])
 
 
-# --------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def close(one, other, tolerance=1e-10):
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------- quadrature
+# ---------------------------------------------------------------------------------------- quadrature
 
 
 @given(st.sampled_from(METHODS), st.integers(1, 300))
@@ -74,7 +74,7 @@ def test_rules_of_captum(method, n):
     assert weights == pytest.approx(theirs)
 
 
-# --------------------------------------------------------------------------------------------------------- the formula
+# ---------------------------------------------------------------------------------------- the formula
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,7 +118,7 @@ def test_exact_for_linear_models_in_double_precision(method, n):
     close(td["attribution", "x"], (td["x"] * linear.weight[0]).detach(), 1e-14)
 
 
-# -------------------------------------------------------------------------------------------------------- completeness
+# ---------------------------------------------------------------------------------------- completeness
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["gausslegendre", "riemann_middle", "riemann_trapezoid"]))
@@ -155,7 +155,7 @@ def test_completeness_at_sites_and_between_stages(pipeline, batch):
         close(td["convergence_delta", delta], total - change)
 
 
-# ----------------------------------------------------------------------------------------------------------- Captum
+# ---------------------------------------------------------------------------------------- Captum
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,7 +220,7 @@ def test_a_layer_before_an_in_place_operation(net, batch):
     close(td["attribution", "0"], slow)
 
 
-# ---------------------------------------------------------------------------------------------------------- targets
+# ---------------------------------------------------------------------------------------- targets
 
 
 def test_many_targets_are_the_loop(pipeline, batch):
@@ -242,7 +242,7 @@ def test_argmax_is_chosen_once_at_the_input(chunk):
     torch.testing.assert_close(td["convergence_delta", "x"], torch.zeros(2))
 
 
-# ----------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 
 
 def test_baselines_as_a_number_a_group_or_an_entry(net, batch):
@@ -306,7 +306,7 @@ def test_integer_inputs_need_a_baseline(embedded):
     assert (nowhere["attribution", "0"] - values["attribution", "0"]).abs().max() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------ rows in flight
+# ---------------------------------------------------------------------------------------- rows in flight
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_the_default_is_one_pass_for_small_rows_and_several_for_large_ones(net, 
     assert seen == [2] * 5
 
 
-# ------------------------------------------------------------------------------------------------------------ policies
+# ---------------------------------------------------------------------------------------- policies
 
 
 class Counted(torch.distributions.Categorical):
@@ -368,7 +368,7 @@ def test_an_explained_policy_is_the_policy(net, batch, target):
     close(found["attribution", "x"], after["attribution", "x"])
 
 
-# ------------------------------------------------------------------------------------------------------- graph and dtype
+# ---------------------------------------------------------------------------------------- graph and dtype
 
 
 def test_second_derivatives():
@@ -410,7 +410,7 @@ def test_half_precision_is_added_up_in_single_precision():
     assert ((found.double() - exact).abs() <= 2**-8 * exact.abs()).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
