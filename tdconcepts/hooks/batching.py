@@ -134,9 +134,12 @@ def _merged(batch: torch.Size, n: int) -> tuple[int, ...]:
     return (n * batch[0], *batch[1:]) if batch else (n,)
 
 
-def _is_frozen(value: Any) -> bool:
-    """Whether autograd can't use it: an inference tensor, outside inference mode."""
-    return not is_compiling() and isinstance(value, Tensor) and value.is_inference() and not is_inference_mode_enabled()
+def usable(value: Any) -> Any:
+    """``value``, or a copy where autograd can't use it: of an inference tensor, outside inference mode."""
+    frozen = (
+        not is_compiling() and isinstance(value, Tensor) and value.is_inference() and not is_inference_mode_enabled()
+    )
+    return value.clone() if frozen else value
 
 
 def dense(td: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDict:
@@ -145,5 +148,5 @@ def dense(td: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDict:
     for key in keys:
         value = td.get(key)
         if value is not None:
-            new.set(key, value.clone() if _is_frozen(value) else value)
+            new.set(key, usable(value))
     return new

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDict, is_tensor_collection
+from tensordict import TensorDict
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, nearest
@@ -37,7 +37,7 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and is_tensor_collection(args[0]):
+        if args and not isinstance(args[0], Tensor):
             return forward(self, *args, **kwargs)
         if "tensordict" in kwargs and not args:
             return forward(self, kwargs.pop("tensordict"), **kwargs)

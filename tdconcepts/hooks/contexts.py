@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,18 +17,22 @@ from tdconcepts.hooks.plans import Plan, Run
 __all__ = ["enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
 
 
+_COUNT = itertools.count()
+
+
 class _Tap:
     """The inert hook: it has no state but its holders' count, and does what this thread's plans say.
 
     Copies and pickles of the model carry it along; their modules are in no plan, so they behave unhooked.
     """
 
-    __slots__ = ("handle", "holders")
+    __slots__ = ("handle", "holders", "token")
     inert = True  # so that a container with nothing else on it counts as unwatched
 
     def __init__(self) -> None:
         self.handle: Any = None
         self.holders = 1
+        self.token = f"tap {next(_COUNT)}"
 
     def __reduce__(self) -> tuple[Any, tuple[type, int]]:
         return _revived, (type(self), -1 if self.handle is None else self.handle.id)
@@ -41,7 +46,7 @@ class _OutputTap(_Tap):
         if len(given) < 2:
             return None  # a TensorDictModuleWrapper copies hooks, without their kwargs; it is in no plan
         output = given[1]
-        for run in _ACTIVE.runs:
+        for run in _ACTIVE.runs if self.token else ():  # read, so that torch.compile guards which module's tap this is
             steps = run.plan.outputs.get(module)
             if steps is not None:
                 output = run.fire(steps, output)
@@ -54,7 +59,7 @@ class _InputTap(_Tap):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         if kwargs is None:
             return None  # as above
-        for run in _ACTIVE.runs:
+        for run in _ACTIVE.runs if self.token else ():
             if run.standing and module is run.plan.root:
                 run.begin(args, kwargs)
             steps = run.plan.inputs.get(module)

@@ -12,7 +12,7 @@ from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.calling import dispatch_rows
 from tdconcepts.hooks.contexts import enter, leave, run_under
 from tdconcepts.hooks.plans import Bound, Plan, Run, Stop, stopping
-from tdconcepts.hooks.pullback import Pullback
+from tdconcepts.hooks.pullback import Pullback, explained
 from tdconcepts.hooks.stages import check_module
 from tdconcepts.keys import GRADIENT, NestedKey, check_writable
 
@@ -106,6 +106,11 @@ class Hooked(TensorDictModuleBase):
             run_under(run, self.module, work)
         except Stop:
             pass
+        except Exception as error:
+            reason = explained(error, self.in_keys, work)
+            if reason is error:
+                raise
+            raise reason from error
         run.check_reached()
         for bound in self._bound:
             if bound.finish is not None:

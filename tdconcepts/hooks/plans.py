@@ -152,8 +152,9 @@ class Run:
         self.calls[group] = count + 1
         if self.standing:
             self.reached.update((group, _BEGUN))
-            if not self.active:
-                self.td = _flowing(tree)
+            flowing = _flowing(tree)
+            if flowing is not None or not self.active:
+                self.td = flowing
         for step in steps:
             place = step.place
             if self.standing and not step.every:

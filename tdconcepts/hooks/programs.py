@@ -21,7 +21,7 @@ from tdconcepts.hooks.locate import locate
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.sites import Place, Site, module_paths, places
 from tdconcepts.hooks.targets import Target
-from tdconcepts.hooks.watch import Record, Watch, check_version, settle
+from tdconcepts.hooks.watch import Record, Watch, check_version, normal_tensors, settle
 from tdconcepts.keys import ACTIVATION, GRADIENT, NestedKey, as_key, join, key_text
 
 __all__ = ["Capture", "Patch", "Programs", "capture", "patch"]
@@ -312,7 +312,10 @@ class _Finish:
                 pick(align(settle(check_version(seen, place.name), batch), batch, place.name), place.part, lead)
                 for seen in run.store[("capture", place.name)]
             ]
-            written.set(place.name, torch.stack(calls, lead) if place.call == "all" else calls[0])
+            if place.call == "all":
+                with normal_tensors():
+                    calls = [torch.stack(calls, lead)]
+            written.set(place.name, calls[0])
         if found is None:
             td.set(ACTIVATION, written)
 

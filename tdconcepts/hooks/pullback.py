@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.errors import BadKey, BadType, BadValue, TdConceptsError, nearest
 from tdconcepts.hooks.batching import align, dense
 from tdconcepts.hooks.contexts import run_under
 from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
@@ -18,7 +18,7 @@ from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.locate import locate
 from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
 from tdconcepts.hooks.sites import Place, Site
-from tdconcepts.hooks.stages import check_module, containers, needed
+from tdconcepts.hooks.stages import check_module, containers, needed, overlap
 from tdconcepts.hooks.targets import Target
 from tdconcepts.hooks.watch import Read, Seen, Watch, settle
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -219,10 +219,10 @@ class Pullback:
         except Stop:
             pass
         except Exception as error:
-            missing = [key for key in self.in_keys if work.get(key) is None]
-            if missing and not isinstance(error, (BadKey, BadValue, BadType)):
-                raise _missing(missing, work) from error
-            raise
+            reason = explained(error, self.in_keys, work)
+            if reason is error:
+                raise
+            raise reason from error
         run.check_reached()
         if self._program is not None and self._program.finish is not None:
             self._program.finish(run, work)
@@ -355,11 +355,12 @@ class Pullback:
         written: set[NestedKey] = set()
         keys: list[NestedKey] = []
         for stage in self.stages:
-            keys += [key for key in stage.in_keys if key not in written and key not in keys]
+            keys += [key for key in stage.in_keys if key not in keys and not overlap(key, written)]
             written.update(stage.out_keys)
         keys += [key for key in self._entries if key not in keys]
-        if self.target.by is not None and not self._by_output and self.target.by not in keys:
-            keys.append(self.target.by)
+        keys += [
+            key for key in self.target.in_keys if key not in keys and not (self._by_output and key == self.target.by)
+        ]
         if self._program is not None:
             keys += [key for key in self._program.in_keys if key not in keys]
         return keys
@@ -370,13 +371,21 @@ class Pullback:
             value = points[key] if key in points else td.get(key)
             if value is None:
                 raise _missing([key], td)
-            if key != self.target.by and not value.is_floating_point():
+            is_tensor = isinstance(value, Tensor)
+            if key != self.target.by and not (is_tensor and value.is_floating_point()):
+                kind = str(value.dtype).removeprefix("torch.") if is_tensor else type(value).__name__
                 raise BadType(
                     f"the entry {key_text(key)} has no gradient",
-                    got=f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}",
+                    got=f"{kind} of shape {list(value.shape)}" if is_tensor else kind,
                     needed="a floating-point entry",
                     fix='name others by wrt=["..."], or the site where it becomes a float: wrt=Site("embedding")',
                 )
+
+
+def explained(error: Exception, in_keys: Sequence[NestedKey], td: TensorDictBase) -> Exception:
+    """The error of a model: that of a missing entry where one is missing, else as it is."""
+    missing = [key for key in in_keys if td.get(key) is None]
+    return _missing(missing, td) if missing and not isinstance(error, TdConceptsError) else error
 
 
 def _missing(keys: list[NestedKey], td: TensorDictBase) -> BadKey:

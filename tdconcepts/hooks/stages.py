@@ -8,7 +8,7 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBas
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, nearest
-from tdconcepts.keys import NestedKey, as_key, key_text
+from tdconcepts.keys import NestedKey, as_key, join, key_text
 
 __all__ = ["check_module", "containers", "cut", "needed", "stages", "writer"]
 
@@ -109,7 +109,9 @@ def needed(
     while position >= 0:
         stage, whole = found[position]
         position -= 1
-        if wanted.isdisjoint(stage.out_keys) and not any(inner in keep for inner in (stage.modules() if keep else ())):
+        if not any(overlap(key, wanted) for key in stage.out_keys) and not any(
+            inner in keep for inner in (stage.modules() if keep else ())
+        ):
             continue
         if whole is not None:  # the last stage of a probabilistic sequential: all of it
             stage, inside = whole, {inner for inner, _ in _deep(whole)}
@@ -125,6 +127,12 @@ def containers(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     """The sequentials that can be taken apart: running their stages passes by what is hooked on them."""
     inside = _listed(module) if _is_probabilistic(module) else _children(module)
     return [module, *(inner for child in inside for inner in containers(child))] if inside else []
+
+
+def overlap(key: NestedKey, keys: Iterable[NestedKey]) -> bool:
+    """Whether ``key`` is among ``keys``, is below one of them, or holds one of them."""
+    path = join(key)
+    return any(path[: len(join(other))] == join(other)[: len(path)] for other in keys)
 
 
 def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | None:

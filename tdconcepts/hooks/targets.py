@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks.batching import usable
 from tdconcepts.hooks.sites import Site
 from tdconcepts.keys import NestedKey, as_key, key_text
 
@@ -30,12 +31,12 @@ class Target:
             * an int ``i``: ``of[..., i]``, for rows that are vectors;
             * a tuple of ints: one element of a row of any shape, ``(channel, y, x)`` for instance;
             * ``"argmax"``: the largest element of each row that is a vector. Methods that look at several points
-            (paths,
-              noise) choose it once, at the point that is explained, and hold it;
-            * a callable ``(value, td) -> [*B]`` (module-level, if it has to be pickled);
+              (paths, noise) choose it once, at the point that is explained, and hold it;
+            * a callable ``(value, td) -> [*B]`` (module-level, if it has to be pickled); it sees what the model reads
+              and writes, and the entries in its ``in_keys``, if it has this attribute;
             * a list, ``range`` or ``slice`` of these: *several targets at once*, along a new dim after the batch dims.
-            A
-              tuple with slices in it names several elements, so it is several targets too.
+              A tuple with slices in it names several elements, so it is several targets too.
+
         by: an entry that holds the index (integer, ``[*B]`` or ``[*B, 1]``) or the one-hot code of the element, so
             that a rollout is explained for the action that *was taken*.
 
@@ -104,6 +105,13 @@ class Target:
         return self._one(value, td, lead, self.select, held)
 
     @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries that the selection reads: ``by``, and the ``in_keys`` of callables that have them."""
+        chosen = self.select if isinstance(self.select, list) else [self.select]
+        named = [as_key(key) for one in chosen if callable(one) for key in getattr(one, "in_keys", ())]
+        return list(dict.fromkeys([*([] if self.by is None else [self.by]), *named]))
+
+    @property
     def moves(self) -> bool:
         """Whether the selection depends on the value itself, so that a path or a noise could change it."""
         return isinstance(self.select, str) or (isinstance(self.select, list) and "argmax" in self.select)
@@ -121,7 +129,7 @@ class Target:
             return self._called(value, td, lead, select), False
         if isinstance(select, str):
             self._need_vector(value, lead, select)
-            index = value.detach().argmax(-1) if held is None else held
+            index = value.detach().argmax(-1) if held is None else usable(held)
             return value.gather(-1, index.unsqueeze(-1)).squeeze(-1), False
         if select is None:
             if row.numel() != 1:
@@ -175,7 +183,7 @@ class Target:
         return result
 
     def _by(self, value: Tensor, td: TensorDictBase, lead: int) -> Tensor:
-        index = td.get(self.by)
+        index = usable(td.get(self.by))
         if index is None:
             raise BadKey(
                 f"no entry {key_text(self.by)} to choose the target by", got=f"entries {list(td.keys(True, True))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -94,10 +95,14 @@ class Record:
 
 def _copy(value: Tensor) -> Tensor:
     """A copy that autograd can use later, also of an inference tensor."""
-    if is_compiling() or not value.is_inference():
+    with normal_tensors():
         return value.clone()
-    with torch.inference_mode(False):
-        return value.clone()
+
+
+def normal_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Where results are made that autograd can use later, whatever mode the caller is in."""
+    inference = not is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if inference else contextlib.nullcontext()
 
 
 def check_version(seen: Seen, name: str) -> Tensor:
