@@ -55,7 +55,9 @@ def test_argmax_can_be_held():
     assert found.tolist() == [-2, -4], "the index of the first point, the value of the second"
     many, _ = Target("y", [0, "argmax"]).read(-value, td_of((2,)), 1, held)
     assert many.tolist() == [[-1, -2], [-4, -4]]
-    assert [Target("y", s).moves for s in ("argmax", [0, "argmax"], 0, [0, 1], mean_of, None)] == [True, True] + [False] * 4
+    assert [Target("y", s).moves for s in ("argmax", [0, "argmax"], 0, [0, 1], mean_of, None)] == [True, True] + [
+        False
+    ] * 4
 
 
 @pytest.mark.parametrize("shape", BATCHES)
