@@ -18,7 +18,7 @@ def test_run_demo_writes_one_page(tmp_path, monkeypatch):
     """The parts are tested on their own; here they are stand-ins."""
     from tdconcepts.demo import agent, digits
 
-    calls, notes, threads = [], [], torch.get_num_threads()
+    calls, notes = [], []
 
     def part(name):
         def section(seed, quick, progress):
@@ -29,9 +29,14 @@ def test_run_demo_writes_one_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(digits, "digits_section", part("digits"))
     monkeypatch.setattr(agent, "agent_section", part("agent"))
-    page, sections = run_demo(tmp_path / "a" / "b", 3, True, lambda *note: notes.append(note))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        page, sections = run_demo(tmp_path / "a" / "b", 3, True, lambda *note: notes.append(note))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     assert calls == [("digits", 3, True, 1), ("agent", 3, True, 1)]
-    assert torch.get_num_threads() == threads
     assert page == tmp_path / "a" / "b" / "index.html"
     text = page.read_text(encoding="utf-8")
     assert text.index("About digits.") < text.index("About agent.")

@@ -128,6 +128,19 @@ def test_flip_rate_is_open_loop_on_the_baselines_states():
     assert result.of("unpatched")["flips"].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_flips_do_not_count_what_comes_after_the_episode():
+    pytest.importorskip("torchrl")
+    from tdconcepts.rl import cartpole_env
+
+    lean = TensorDictModule(lambda o: (o[..., 2] > 0).long(), ["observation"], ["action"])
+    fall = TensorDictModule(lambda o: (o[..., 2] <= 0).long(), ["observation"], ["action"])
+    result = compare_returns(cartpole_env(3), lean, {"fall": fall, "same": lean}, seeds=range(5), flip_rate=True)
+    assert len(set(result.of("unpatched")["length"].tolist())) > 1
+    assert result.of("fall")["flips"].tolist() == [1.0] * 5
+    assert result.of("same")["flips"].tolist() == [0.0] * 5
+    assert result.difference("same") == (0.0, 0.0, 0.0)
+
+
 def test_the_policy_is_as_it_was_and_progress_ends_at_one():
     actor, calls = policy(), []
     compare_returns(Echo(), actor, {"z": {"z": Scale(0.0)}}, seeds=[1], progress=lambda *call: calls.append(call))
