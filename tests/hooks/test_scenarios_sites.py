@@ -51,11 +51,13 @@ def test_08_a_capture_after_an_edit_sees_the_edited_value():
 def test_08_a_capture_before_an_edit_in_place_is_right():
     net = mlp()
     h = net.module[0](batch()["x"])
-    edit = Patch({Site("0"): lambda value, td: value.zero_() and None})
-    with capture(net, "0") as m, edit.on(net):
+
+    def edit(value, td):
+        value.zero_()
+
+    with capture(net, "0") as m, patch(net, {Site("0"): edit}):
         assert m(batch())["activation", "0"].equal(h)
-    edit = Patch({Site("0"): lambda value, td: value.zero_()})
-    assert (Capture("0") + edit).on(net)(batch())["activation", "0"].equal(h)
+    assert (Capture("0") + Patch({Site("0"): edit})).on(net)(batch())["activation", "0"].equal(h)
 
 
 def test_32_sites_are_named_in_any_order():

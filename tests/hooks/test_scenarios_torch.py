@@ -41,15 +41,7 @@ def test_25_captures_carry_no_graph():
         assert td["gradient", "0"].abs().sum() > 0, "gradients are there in a collector's no_grad"
 
 
-@pytest.mark.parametrize(
-    "site",
-    [
-        Site("layer", call=0),
-        pytest.param(
-            Site("layer", call="all"), marks=pytest.mark.xfail(strict=True, reason="D8: stacked inside the mode")
-        ),
-    ],
-)
+@pytest.mark.parametrize("site", [Site("layer", call=0), Site("layer", call="all")])
 def test_25_captures_of_inference_mode_are_normal_tensors(site):
     net = twice()
     with torch.inference_mode():
@@ -275,7 +267,6 @@ def test_36_an_anchored_model_obeys_contexts_entered_later():
 
 
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.xfail(strict=True, reason="D19: nothing in the graph says whose tap it is")
 def test_37_two_compiled_instances_one_of_them_hooked():
     """Torch shares graphs between instances of a class; without anchors the edited one runs the other's graph."""
     plain, edited = mlp(), mlp()
