@@ -1,5 +1,181 @@
-"""Benchmarks measure on one thread, so that ratios don't depend on how many cores are free."""
+"""The one way to measure here: two forms that give equal numbers take turns, and the ratio of their medians counts.
 
+What makes a ratio robust on a machine that others use too: one thread, processor time instead of the clock on the wall
+(nobody else's work counts), the forms alternated call by call (what slows the machine down hits both alike), no garbage
+collection, medians, and three rounds whose ratios are all shown. Each call gets a fresh copy of its TensorDict, made
+while no time is taken. ``make bench`` prints one table of all rows at its end; ``--benchmark-json=FILE`` keeps them.
+"""
+
+import dataclasses
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
 import torch
+from tensordict import TensorDictBase
 
-torch.set_num_threads(1)
+Form = Callable[[TensorDictBase], Any]
+
+ROUNDS, WARM_UP = 3, 5
+SECONDS = 0.6  # of samples for each round of a row
+FEWEST, MOST = 12, 400  # samples of each form in a round
+ROWS = pytest.StashKey[list["Row"]]()
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: medians in seconds, a ratio for each round, and what was aimed at."""
+
+    name: str
+    ours: float
+    reference: float
+    ratios: Sequence[float]
+    aim: str = ""
+    met: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        low, high = min(self.ratios), max(self.ratios)
+        met = "" if self.met is None else "yes" if self.met else "NO"
+        times = (f"{1e6 * seconds:.0f}" for seconds in (self.ours, self.reference))
+        return self.name, *times, f"{statistics.median(self.ratios):.2f}", f"{low:.2f}-{high:.2f}", self.aim, met
+
+
+class Compare:
+    """Measure rows; see :meth:`__call__`."""
+
+    def __init__(self, benchmark: Any, rows: list[Row]) -> None:
+        self.benchmark, self.rows = benchmark, rows
+
+    def __call__(
+        self,
+        name: str,
+        ours: Form,
+        reference: Form | Mapping[str, Form],
+        data: TensorDictBase | Sequence[TensorDictBase],
+        keys: Sequence[Any],
+        *,
+        at_most: float | None = None,
+        faster: float | None = None,
+        peers: Mapping[str, Form] | None = None,
+        tolerance: float = 1e-5,
+    ) -> None:
+        """Measure ``ours / reference``, once their numbers are seen to be equal.
+
+        Args:
+            name: how the table names the row.
+            ours: what is measured; it is called with a copy of the data.
+            reference: hand-written PyTorch for the same numbers; of several forms the fastest counts.
+            data: a TensorDict, or several that take turns.
+            keys: the entries that all must write alike; a form may also give the tensors themselves.
+            at_most: the aim, as a ratio; or
+            faster: the aim, as how many times faster ours is to be.
+            peers: other libraries' forms, each measured against the same reference, in rows of their own.
+            tolerance: absolute and relative, for equal numbers.
+        """
+        batches = [data] if isinstance(data, TensorDictBase) else list(data)
+        references = dict(reference) if isinstance(reference, Mapping) else {"reference": reference}
+        for batch in batches:
+            torch.manual_seed(0)
+            expected = tensors(ours(batch.copy()), keys)
+            for form in [*references.values(), *(peers or {}).values()]:
+                torch.manual_seed(0)
+                found = tensors(form(batch.copy()), keys)
+                torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+        which, *medians, ratios = measured(ours, references, batches)
+        limit = at_most if at_most is not None else 1 / faster if faster is not None else math.inf
+        aim = "" if limit == math.inf else f"<= {limit:.3g}" + (f" ({faster:g}x faster)" if faster else "")
+        met = None if limit == math.inf else statistics.median(ratios) <= limit
+        self.add(name if len(references) == 1 else f"{name} / {which}", *medians, ratios, aim, met)
+        for peer, form in (peers or {}).items():
+            self.add(f"  {peer} instead of ours", *measured(form, references, batches)[1:])
+        self.benchmark.pedantic(ours, setup=lambda: ((batches[0].copy(),), {}), rounds=10)
+
+    def add(
+        self, name: str, ours: float, reference: float, ratios: Sequence[float], aim: str = "", met: bool | None = None
+    ) -> None:
+        """Put a row into the table, and into what pytest-benchmark stores."""
+        row = Row(name, ours, reference, ratios, aim, met)
+        self.rows.append(row)
+        self.benchmark.extra_info[name.strip()] = {
+            "ratio": statistics.median(ratios),
+            **{field: value for field, value in vars(row).items() if field != "name"},
+        }
+
+
+def measured(
+    ours: Form, references: Mapping[str, Form], batches: Sequence[TensorDictBase]
+) -> tuple[str, float, float, list[float]]:
+    """Which reference is the fastest, the median seconds of ours and of it, and their ratio in each round."""
+    rounds = [alternate([ours, *references.values()], batches) for _ in range(ROUNDS)]
+    mine, *others = zip(*rounds, strict=True)
+    which, fastest = min(zip(references, others, strict=True), key=lambda pair: statistics.median(pair[1]))
+    ratios = [a / b for a, b in zip(mine, fastest, strict=True)]
+    return which, statistics.median(mine), statistics.median(fastest), ratios
+
+
+def alternate(forms: Sequence[Form], batches: Sequence[TensorDictBase]) -> list[float]:
+    """The median seconds of each form, in one round of taking turns."""
+    turns = itertools.cycle(batches)
+    start = time.process_time()
+    for _ in range(WARM_UP):
+        take_turns(forms, next(turns))
+    pass_seconds = (time.process_time() - start) / WARM_UP
+    samples = min(MOST, max(FEWEST, int(SECONDS / pass_seconds)))
+    gc.collect()
+    gc.disable()
+    try:
+        taken = [take_turns(forms, next(turns)) for _ in range(samples)]
+    finally:
+        gc.enable()
+    return [statistics.median(times) for times in zip(*taken, strict=True)]
+
+
+def take_turns(forms: Iterable[Form], batch: TensorDictBase) -> list[float]:
+    taken = []
+    for form in forms:
+        given = batch.copy()
+        start = time.process_time_ns()
+        result = form(given)
+        taken.append(1e-9 * (time.process_time_ns() - start))
+        del result  # what it frees is not the next form's work
+    return taken
+
+
+def tensors(result: Any, keys: Sequence[Any]) -> list[torch.Tensor]:
+    if isinstance(result, TensorDictBase):
+        found = [result.get(key) for key in keys]
+        return [leaf for one in found for leaf in (leaves(one) if isinstance(one, TensorDictBase) else [one])]
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def leaves(group: TensorDictBase) -> list[torch.Tensor]:
+    return [group.get(key) for key in group.keys(True, True)]
+
+
+@pytest.fixture
+def compare(benchmark, request):
+    return Compare(benchmark, request.config.stash[ROWS])
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+    torch.set_num_threads(1)  # so that ratios don't depend on how many cores are free
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    table = [("", "ours us", "reference us", "ratio", "3 rounds", "aim", "met"), *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    aligned = [str.ljust, *[str.rjust] * 4, str.ljust, str.rjust]
+    terminalreporter.section("ours / reference")
+    for line in table:
+        cells = [align(cell, width) for align, cell, width in zip(aligned, line, widths, strict=True)]
+        terminalreporter.write_line("  ".join(cells).rstrip())
