@@ -15,7 +15,7 @@ from tdconcepts.rl.rollouts import MASK
 @pytest.fixture(scope="module")
 def measured():
     notes = []
-    budget = Budget(frames=16_384, steps=20, draws=5, episodes=6, controls=2, seeds=6)
+    budget = Budget(frames=10_240, steps=20, draws=5, episodes=6, controls=2, seeds=6)
     return measure(4, budget, lambda *note: notes.append(note)), notes
 
 
