@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
+from tdconcepts import __version__
 from tdconcepts.errors import TdConceptsError
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdconcepts", description="TensorDict-native hooks for interpretability.")
-    parser.add_argument("--version", action="version", version=f"tdconcepts {_version()}")
+    parser.add_argument("--version", action="version", version=f"tdconcepts {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     text = "train two models, explain them, intervene on them, and write a page about it (about a minute)"
     demo = commands.add_parser("demo", help=text, description=text[0].upper() + text[1:] + ".")
@@ -44,13 +44,6 @@ def _demo(options: argparse.Namespace) -> int:
         page, sections = run_demo(options.out, options.seed, options.quick, progress)
     print(f"\n{summary_table(sections)}\n\nThe page: {page}")
     return 0
-
-
-def _version() -> str:
-    try:
-        return metadata.version("tdconcepts")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "(not installed)"
 
 
 if __name__ == "__main__":
