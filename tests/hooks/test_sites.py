@@ -259,10 +259,9 @@ def test_place_of_an_entry():
     assert (place.module, place.leaf, place.out_keys, place.name) == (net[1], "z", ("z",), "'z'")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_is_compiled():
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert not any(is_compiled(module) for module in net.modules())
-    assert is_compiled(torch.compile(net))
-    net[0].compile()
+    assert is_compiled(torch.compile(net, backend="eager"))
+    net[0].compile(backend="eager")
     assert [is_compiled(module) for module in net.modules()] == [False, True, False]
