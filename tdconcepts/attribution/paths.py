@@ -171,7 +171,7 @@ class IntegratedGradients(TensorDictModuleBase):
         steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
         totals: dict[Wrt, Tensor] = {}
         rows = rows_of(td, this.chunk_size, path.in_keys)
-        others = [key for key in path.in_keys if key not in path.wrt]
+        others = [key for key in path.reads(td) if key not in path.wrt]
         for group in groups(self.n_steps, rows, td.numel()):
             n, some = len(group), slice(group.start, group.stop)
             many = expand(td, n, others)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tdconcepts.errors import BadValue, TdConceptsError
 from tdconcepts.hooks.plans import Plan, Run
+from tdconcepts.hooks.stages import is_watched
 
 __all__ = ["enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
 
@@ -143,7 +144,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         BadValue: where taps would have to be installed while ``torch.compile`` traces.
     """
-    if is_compiling() and len(run.plan.steps) == 0:
+    if is_compiling() and len(run.plan.steps) == 0 and len(run.plan.only_through) == 0:
         return function(*args)
     before = _ACTIVE.runs
     owner = run.owner
@@ -197,6 +198,13 @@ def leave(owner: object) -> Run:
     _ACTIVE.runs = tuple([other for other in _ACTIVE.runs if other is not run])
     remove(run.plan)
     return run
+
+
+def acted_on(modules: list[Any]) -> bool:
+    """Whether calling one of ``modules`` does more than its forward: hooks of others, or steps of a run of this thread."""
+    if any(is_watched(module) for module in modules):
+        return True
+    return any(module in run.plan.outputs or module in run.plan.inputs for run in _ACTIVE.runs for module in modules)
 
 
 def outside(run: Run, function: Callable[..., Any], *args: Any) -> Any:

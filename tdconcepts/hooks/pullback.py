@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, TdConceptsError, nearest
 from tdconcepts.hooks.batching import align, dense
-from tdconcepts.hooks.contexts import run_under
+from tdconcepts.hooks.contexts import acted_on, run_under
 from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.locate import locate
@@ -107,6 +107,8 @@ class Pullback:
         self._by_output = whole and target.by is not None and target.by in module.out_keys
         self.stages = [module] if whole else needed(module, goals, keep)
         self._passed = [] if self.stages == [module] else containers(module)
+        if any(inner in self._passed for inner in keep):
+            self.stages, self._passed = [module], []
         if program is not None:
             steps = list(stopping(steps)) if program.stop else steps
         self.plan = Plan(module, steps, program.only_through if program else ())
@@ -121,6 +123,12 @@ class Pullback:
     def is_inner(self) -> bool:
         """Whether some *wrt* is a value inside the module, not an entry that it reads."""
         return bool(self._places)
+
+    def reads(self, td: TensorDictBase) -> list[NestedKey]:
+        """The entries to hand to the model: ``in_keys``, and all that it reads where it has to run as a whole."""
+        if not acted_on(self._passed):
+            return self.in_keys
+        return self.in_keys + [k for k in self.module.in_keys if k not in self.in_keys and td.get(k) is not None]
 
     def gradients(self, td: TensorDictBase, create_graph: bool = False) -> list[Tensor]:
         """The gradients alone, one for each *wrt*: ``[*B, ...]``, with several targets ``[*B, T, ...]``."""
@@ -157,7 +165,7 @@ class Pullback:
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
         with differentiable():
-            work = dense(td, self.in_keys)
+            work = dense(td, self.reads(td))
             leaves: dict[Wrt, Tensor] = {}
             for key in self._entries:
                 leaves[key] = leaf = new_leaf(points[key] if key in points else td.get(key), create_graph)
@@ -186,7 +194,7 @@ class Pullback:
         points = points or {}
         self.check_inputs(td, points)
         with torch.no_grad():
-            work = dense(td, self.in_keys)
+            work = dense(td, self.reads(td))
             for key in self._entries:
                 if key in points:
                     work.set(key, points[key])
@@ -205,16 +213,15 @@ class Pullback:
         if not self.target.moves:
             return None
         with torch.no_grad():
-            work = dense(td, self.in_keys)
+            work = dense(td, self.reads(td))
             run = Run(self.plan, work)
             run.store["shapes"] = True
             work = run_under(run, self._forward, work, run)
             return self.target.hold(self._target_value(work, run, td), td.batch_dims)
 
     def _forward(self, work: TensorDictBase, run: Run) -> TensorDictBase:
-        hooked = any(inner._forward_hooks or inner._forward_pre_hooks for inner in self._passed)
         try:
-            for stage in [self.module] if hooked else self.stages:
+            for stage in [self.module] if acted_on(self._passed) else self.stages:
                 work = stage(work)
         except Stop:
             pass
@@ -263,7 +270,7 @@ class Pullback:
             self._places
         ):  # sites are differentiated by a zero that is added; this run tells its shape, and is optimised away
             with torch.no_grad():
-                work = dense(td, self.in_keys)
+                work = dense(td, self.reads(td))
                 run = Run(self.plan, work, owner)
                 run.store["points"], run.store["shapes"] = points, True
                 run_under(run, self._forward, work, run)
@@ -272,7 +279,7 @@ class Pullback:
         def forward(*leaves: Tensor) -> tuple[Tensor, Any]:
             nonlocal several
             given = dict(zip(self.wrt, leaves, strict=True))
-            work = dense(td, self.in_keys)
+            work = dense(td, self.reads(td))
             for key in self._entries:
                 work.set(key, given[key])
             run = Run(self.plan, work, owner)

@@ -142,7 +142,7 @@ def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | Non
 def _children(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     """The direct stages of a plain sequential; none for one with its own forward, a tolerance or selected keys."""
     plain = type(module).forward is TensorDictSequential.forward and not getattr(module, "partial_tolerant", False)
-    if not plain or getattr(module, "_select_before_return", False) or _is_watched(module):
+    if not plain or getattr(module, "_select_before_return", False) or is_watched(module):
         return []
     return _listed(module)
 
@@ -153,7 +153,7 @@ def _listed(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     return children if all(isinstance(child, TensorDictModuleBase) for child in children) else []
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody hangs hooks on the container itself, which running its stages would pass by."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(not getattr(hook, "inert", False) for hook in hooks)
@@ -177,4 +177,4 @@ def _deep(module: TensorDictModuleBase) -> list[tuple[TensorDictModuleBase, Tens
 
 def _is_probabilistic(module: TensorDictModuleBase) -> bool:
     kind = type(module).forward is ProbabilisticTensorDictSequential.forward
-    return kind and not _is_watched(module) and bool(_listed(module))
+    return kind and not is_watched(module) and bool(_listed(module))
