@@ -203,6 +203,13 @@ def test_a_dim_that_does_not_exist(dim):
         Ablate()(torch.tensor(1.0), None)
 
 
+@pytest.mark.xfail(strict=True, reason="D32: the dim of the units may be the batch")
+def test_units_lie_behind_the_batch():
+    with pytest.raises(BadValue, match="no such dim"):
+        Ablate([0])(torch.ones(2), rows())
+    assert Ablate()(torch.tensor(3.0), TensorDict(batch_size=[])).tolist() == 0
+
+
 @pytest.mark.parametrize("units", [[1.5], ["a"], "ab", [True], [[0]]])
 def test_units_that_are_no_positions(units):
     with pytest.raises(BadType, match="units are ints"):

@@ -1,0 +1,145 @@
+"""Rows: batch dims in front, copies of a batch, pieces of it; each undone by its counterpart."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from tdconcepts.errors import BadValue
+from tdconcepts.hooks.batching import align, check_chunk_size, dense, expand, gather, groups, rows_of, slices, spread
+
+shapes = st.sampled_from([(), (1,), (4,), (2, 3), (1, 3), (2, 1, 3), (0,), (0, 3)])
+
+
+def td_of(shape, **more):
+    numel = torch.Size(shape).numel()
+    x = torch.arange(float(numel * 2)).reshape(*shape, 2)
+    return TensorDict({"x": x, ("n", "y"): x.sum(-1), **more}, batch_size=shape)
+
+
+# ---------------------------------------------------------------------------------------------------- in front
+
+
+@given(shapes, st.sampled_from([(), (5,), (2, 2)]))
+def test_align_keeps_or_unflattens(shape, row):
+    value = torch.randn(*shape, *row) if shape + row else torch.tensor(1.0)
+    batch = torch.Size(shape)
+    assert align(value, batch, "site") is value
+    if len(shape) > 1 and 0 not in shape:
+        assert align(value.flatten(0, len(shape) - 1), batch, "site").equal(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "batch"),
+    [((), (3,)), ((2,), (3,)), ((3, 2), (2, 3)), ((5, 4), (2, 3)), ((6,), (6, 1, 2)), ((1, 4), (3,))],
+)
+def test_values_without_the_batch_in_front(value, batch):
+    with pytest.raises(BadValue, match="conv does not have the batch in front") as error:
+        align(torch.zeros(value), torch.Size(batch), "conv")
+    assert f"{list(value)} for a TensorDict of batch size {list(batch)}" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------- copies
+
+
+@given(shapes, st.integers(1, 4))
+def test_copies_are_copy_after_copy(shape, n):
+    td = td_of(shape)
+    many = expand(td, n, ["x", ("n", "y")])
+    assert many.batch_size == (shape if n == 1 else (n * shape[0], *shape[1:]) if shape else (n,))
+    for key in ("x", ("n", "y")):
+        assert gather(many[key], n, td.batch_size).equal(torch.stack([td[key]] * n))
+
+
+@given(shapes, st.integers(1, 4))
+def test_gather_undoes_spread(shape, n):
+    value = torch.randn(n, *shape, 5)
+    rows = spread(value, n, torch.Size(shape))
+    assert rows.shape[:-1] == expand(td_of(shape), n, ["x"]).batch_size
+    assert gather(rows, n, torch.Size(shape)).equal(value)
+
+
+def test_copies_hold_the_entries_that_are_asked_for():
+    td = td_of((3,), other=torch.ones(3), group=TensorDict(a=torch.ones(3), batch_size=[3]))
+    assert set(expand(td, 2, ["x"]).keys()) == {"x"}
+    assert set(expand(td, 1, ["x"]).keys()) == {"x"}
+    assert set(expand(td, 2, ["x", "missing"]).keys()) == {"x"}
+    assert expand(td, 2, ["group"])["group", "a"].shape == (6,)
+    assert expand(td, 2, []).batch_size == (6,)
+
+
+def test_one_copy_is_the_same_memory():
+    td = td_of((3,))
+    assert expand(td, 1, ["x"])["x"] is td["x"]
+
+
+def test_dense_is_a_new_tensordict_of_the_same_tensors():
+    td = td_of((3,))
+    new = dense(td, ["x", "missing", ("n", "y")])
+    assert new["x"] is td["x"]
+    assert new["n", "y"] is td["n", "y"]
+    new["more"] = torch.ones(3)
+    new["x"] = torch.zeros(3, 2)
+    assert "more" not in td
+    assert td["x"].any() or not td.numel()
+    locked = td.copy().lock_()
+    assert not dense(locked, ["x"]).is_locked
+
+
+def test_dense_makes_inference_tensors_usable():
+    with torch.inference_mode():
+        td = td_of((3,))
+    new = dense(td, ["x"])
+    assert not new["x"].is_inference()
+    assert new["x"].equal(td["x"])
+
+
+# ---------------------------------------------------------------------------------------------------- pieces
+
+
+@given(st.integers(0, 40), st.integers(1, 30), st.integers(0, 10))
+def test_groups_cover_the_range_within_the_rows(n, rows, batch):
+    found = list(groups(n, rows, batch))
+    assert [i for group in found for i in group] == list(range(n))
+    assert all(len(group) >= 1 for group in found)
+    assert all(len(group) * batch <= rows or len(group) == 1 for group in found)
+    assert len(found) <= n
+    assert all(len(group) == len(found[0]) for group in found[:-1]), "as large as they may be"
+
+
+@given(shapes, st.integers(1, 10))
+def test_slices_cover_the_batch_within_the_rows(shape, rows):
+    td = td_of(shape)
+    pieces = list(slices(td, rows))
+    if len(pieces) == 1 and pieces[0][0] is ...:
+        assert pieces[0][1] is td
+        assert td.numel() <= rows or not shape
+        return
+    assert torch.cat([part["x"] for _, part in pieces]).equal(td["x"])
+    assert all(part["x"].equal(td["x"][index]) for index, part in pieces)
+    rest = torch.Size(shape[1:]).numel()
+    assert all(part.numel() <= max(rows, rest) for _, part in pieces)
+
+
+def test_rows_in_flight():
+    td = td_of((3,))
+    assert rows_of(td, 7, ["x"]) == 7
+    assert rows_of(td, 1, ["x"]) == 1
+    assert rows_of(td, None, ["x"]) == 2**14, "small rows: many at once"
+    image = TensorDict(x=torch.zeros(2, 2**16), batch_size=[2])
+    assert rows_of(image, None, ["x"]) == 4, "2**18 numbers in flight"
+    assert rows_of(TensorDict(x=torch.zeros(40, 2**16), batch_size=[40]), None, ["x"]) == 40, "never below the batch"
+    assert rows_of(TensorDict(x=torch.zeros(0, 4), batch_size=[0]), None, ["x"]) >= 1
+    assert rows_of(image, None, []) >= 2
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 1.5, True, "all"])
+def test_what_is_no_chunk_size(chunk_size):
+    with pytest.raises(BadValue, match="not a chunk size") as error:
+        check_chunk_size(chunk_size)
+    assert repr(chunk_size) in str(error.value)
+
+
+def test_chunk_sizes():
+    assert [check_chunk_size(c) for c in (None, 1, 64)] == [None, 1, 64]
