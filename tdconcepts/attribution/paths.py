@@ -230,7 +230,7 @@ class IntegratedGradients(TensorDictModuleBase):
             path.check_inputs(td, {})
             return ends, {w: self._baseline(td, w, end) for w, end in ends.items()}
         (w,) = path.wrt
-        _, ends = path.evaluate(td)
+        _, ends = path.evaluate(td, create_graph=self._explaining.create_graph)
         given = None if isinstance(self.baseline, float) else self._given_baseline(td, w)
         if given is not None:
             return ends, {w: _fit(given, ends[w], _name(w))}
@@ -247,7 +247,7 @@ class IntegratedGradients(TensorDictModuleBase):
                 base.set(key, _fit(given, value, key))
             else:
                 unmoved.append(key)
-        starts = path.evaluate(base)[1]
+        starts = path.evaluate(base, create_graph=self._explaining.create_graph)[1]
         if unmoved and not torch.compiler.is_compiling() and ends[w].numel() and torch.equal(starts[w], ends[w]):
             raise BadValue(
                 f"{key_text(_name(w))} has one value along the whole path",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, nearest
-from tdconcepts.keys import join
+from tdconcepts.errors import BadKey, BadType, TdConceptsError, nearest
+from tdconcepts.keys import NestedKey, join, key_text
 
-__all__ = ["dispatch_rows"]
+__all__ = ["dispatch_rows", "explained", "missing_entries"]
 
 
 def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,3 +66,16 @@ def _packed(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for key, value in given.items():
         td.set(key, value)
     return td
+
+
+def explained(error: Exception, in_keys: Sequence[NestedKey], td: TensorDictBase) -> Exception:
+    """The error of a model: that of a missing entry where one is missing, else as it is."""
+    missing = [key for key in in_keys if td.get(key) is None]
+    return missing_entries(missing, td) if missing and not isinstance(error, TdConceptsError) else error
+
+
+def missing_entries(keys: Sequence[NestedKey], td: TensorDictBase) -> BadKey:
+    """The error that says which entries are not there, with the nearest names."""
+    have = list(td.keys(True, True))
+    shown = ", ".join(map(key_text, keys))
+    return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=nearest(keys[0], have))

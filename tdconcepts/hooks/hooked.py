@@ -9,10 +9,10 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.hooks.calling import dispatch_rows
+from tdconcepts.hooks.calling import dispatch_rows, explained
 from tdconcepts.hooks.contexts import enter, leave, run_under
 from tdconcepts.hooks.plans import Bound, Plan, Run, Stop, stopping
-from tdconcepts.hooks.pullback import Pullback, explained
+from tdconcepts.hooks.pullback import Pullback
 from tdconcepts.hooks.stages import check_module
 from tdconcepts.keys import GRADIENT, NestedKey, check_writable
 

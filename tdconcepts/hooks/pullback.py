@@ -10,8 +10,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, BadValue, TdConceptsError, nearest
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import align, dense
+from tdconcepts.hooks.calling import explained, missing_entries
 from tdconcepts.hooks.contexts import acted_on, run_under
 from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
 from tdconcepts.hooks.leaves import pick
@@ -172,7 +173,7 @@ class Pullback:
                 work.set(key, leaf)
             run = Run(self.plan, work, owner)
             run.store["points"] = points
-            run.store["snapshot"] = snapshot
+            run.store["snapshot"], run.store["create_graph"] = snapshot, create_graph
             work = run_under(run, self._forward, work, run)
             values, several = self._values(work, td, run, held)
             seen = [run.store[w] if w in self._places else Seen(leaves[w], handle=leaves[w]) for w in self.wrt]
@@ -188,12 +189,17 @@ class Pullback:
         return Pulled(values, where, gradients, work)
 
     def evaluate(
-        self, td: TensorDictBase, points: Mapping[Wrt, Tensor] | None = None, held: Tensor | None = None
+        self,
+        td: TensorDictBase,
+        points: Mapping[Wrt, Tensor] | None = None,
+        held: Tensor | None = None,
+        *,
+        create_graph: bool = False,
     ) -> tuple[Tensor, dict[Wrt, Tensor]]:
-        """The explained numbers without a gradient, and the value at each site: one forward."""
+        """The explained numbers without their gradient, and the value at each site: one forward."""
         points = points or {}
         self.check_inputs(td, points)
-        with torch.no_grad():
+        with torch.set_grad_enabled(create_graph):
             work = dense(td, self.reads(td))
             for key in self._entries:
                 if key in points:
@@ -377,7 +383,7 @@ class Pullback:
         for key in self._entries if self.target.by is None or self._by_output else [*self._entries, self.target.by]:
             value = points[key] if key in points else td.get(key)
             if value is None:
-                raise _missing([key], td)
+                raise missing_entries([key], td)
             is_tensor = isinstance(value, Tensor)
             if key != self.target.by and not (is_tensor and value.is_floating_point()):
                 kind = str(value.dtype).removeprefix("torch.") if is_tensor else type(value).__name__
@@ -387,15 +393,3 @@ class Pullback:
                     needed="a floating-point entry",
                     fix='name others by wrt=["..."], or the site where it becomes a float: wrt=Site("embedding")',
                 )
-
-
-def explained(error: Exception, in_keys: Sequence[NestedKey], td: TensorDictBase) -> Exception:
-    """The error of a model: that of a missing entry where one is missing, else as it is."""
-    missing = [key for key in in_keys if td.get(key) is None]
-    return _missing(missing, td) if missing and not isinstance(error, TdConceptsError) else error
-
-
-def _missing(keys: list[NestedKey], td: TensorDictBase) -> BadKey:
-    have = list(td.keys(True, True))
-    shown = ", ".join(map(key_text, keys))
-    return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=nearest(keys[0], have))

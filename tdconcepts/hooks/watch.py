@@ -62,7 +62,8 @@ class Watch:
             return value
         base = unwrapped(value)
         if base.requires_grad and given is None:
-            kept = base.detach().clone() if store.get("snapshot") else base.detach()
+            kept = base if store.get("create_graph") else base.detach()
+            kept = kept.clone() if store.get("snapshot") or store.get("create_graph") else kept
             mapped = None if base is value else torch._C._functorch.maybe_get_bdim(value)
             store[self.key] = Seen(kept, handle=get_gradient_edge(base), mapped=mapped)
             return value.clone() if base._is_view() else value  # an in-place operation would rebase a view's history
