@@ -201,7 +201,7 @@ def leave(owner: object) -> Run:
 
 
 def acted_on(modules: list[Any]) -> bool:
-    """Whether calling one of ``modules`` does more than its forward: hooks of others, or steps of a run of this thread."""
+    """Whether calling one of ``modules`` does more than its forward: hooks of others, or steps of a run."""
     if any(is_watched(module) for module in modules):
         return True
     return any(module in run.plan.outputs or module in run.plan.inputs for run in _ACTIVE.runs for module in modules)
