@@ -188,6 +188,9 @@ def _operand(given: float | Tensor | NestedKey, value: Tensor, td: TensorDictBas
         if lead > 1 and value.shape[:lead] != td.batch_size and isinstance(given, Tensor):
             given, lead = given.flatten(0, lead - 1), 1  # the network has merged the batch dims
     if not isinstance(given, Tensor):
+        fraction = isinstance(given, float) and not given.is_integer()
+        if fraction and not (value.is_floating_point() or value.is_complex()):
+            raise BadType(f"{name} gives a fraction to whole numbers", got=f"{given}, {value.dtype}", needed="an int")
         return torch.as_tensor(given, dtype=value.dtype, device=value.device)
     rest = given.shape[lead:]
     fits = len(rest) <= value.ndim - lead and rest == value.shape[value.ndim - len(rest) :]

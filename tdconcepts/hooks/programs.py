@@ -97,6 +97,13 @@ class Capture(_Adds):
             )
         if gradients is not None and not isinstance(gradients, Target):
             raise BadType("not a Target", got=repr(gradients), needed='gradients=Target("logits", 3)')
+        if gradients is not None and not detach:
+            raise BadValue(
+                "taking gradients uses up the graph",
+                got="gradients= and detach=False",
+                needed="one of them",
+                fix="Gradient(model, target, wrt=Site(...), create_graph=True) keeps the graph",
+            )
         for name, value in (
             ("sites", tuple(Site.parse(site) for site in sites)),
             ("gradients", gradients),
@@ -293,8 +300,9 @@ class _EditInputs:
             value = td.get(key)
             if value is None:
                 raise BadKey(f"no entry {key_text(key)} to edit", needed=nearest(key, list(td.keys(True, True))))
-            new = edit(value if isinstance(edit, Edit) else value.clone(), td)
-            td.set(key, checked_edit(new, value, key_text(key)))
+            given = value if isinstance(edit, Edit) else value.clone()  # it may be edited in place
+            new = edit(given, td)
+            td.set(key, checked_edit(given if new is None else new, value, key_text(key)))
 
 
 class _Finish:
