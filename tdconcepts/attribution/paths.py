@@ -15,6 +15,7 @@ from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Options, Site, Target, dispatch_rows
 from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
 from tdconcepts.hooks.explaining import Explaining
+from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.keys import BASELINE, CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
 from tdconcepts.tunables import Tunable
@@ -142,27 +143,12 @@ class IntegratedGradients(TensorDictModuleBase):
         return self._paths[0].hold(tensordict)  # which runs no more of the module than the target needs
 
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
-        this, outputs = self._explaining, {}
-        if this.outputs:  # the module runs once: what it samples is what is written, and what by= means
-            outputs = this.written(self._ran(td))
-            by = this.pullback.target.by
-            td = td.copy().set(by, outputs[by]) if by in outputs else td
+        td, outputs = self._explaining.ran(td)
         held = self.hold(td) if held is None else held
         results: dict[NestedKey, Tensor] = {}
         for path in self._paths:
             results |= self._along(path, td, held)
         return results | outputs
-
-    def _ran(self, td: TensorDictBase) -> TensorDictBase:
-        inputs = td.select(*self.module.in_keys, strict=False)
-        try:
-            with torch.set_grad_enabled(self._explaining.create_graph):
-                return self.module(inputs)
-        except Exception as error:
-            for key in self.module.in_keys:
-                if td.get(key) is None:
-                    raise BadKey(f"no entry {key_text(key)} in the TensorDict") from error
-            raise
 
     def _along(self, path: Pullback, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         """One path: the points on it as rows of one batch, within the chunk, and their weighted sum."""
@@ -183,6 +169,7 @@ class IntegratedGradients(TensorDictModuleBase):
                 weights = self._rule_as(each.dtype, each.device)[1][some]
                 part = torch.tensordot(weights, each.to(weights.dtype), 1)
                 totals[w] = part if w not in totals else totals[w] + part
+        steps = {w: pick(step, w.index, lead) if isinstance(w, Site) else step for w, step in steps.items()}
         several = any(totals[w].ndim > steps[w].ndim for w in path.wrt)
         found = {
             w: (total * (steps[w].unsqueeze(lead) if several else steps[w])).to(steps[w].dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadType, nearest
 from tdconcepts.hooks.batching import check_chunk_size, slices
+from tdconcepts.hooks.calling import explained
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.targets import Target
@@ -89,6 +90,26 @@ class Explaining:
         for key, value in results.items():
             td.set(key, value)
         return td
+
+    def ran(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
+        """For methods that run the module many times: ``td`` with the ``by`` that was written, and the outputs.
+
+        Where outputs are wanted the module runs once as a whole; what it samples then is what is written, and what
+        ``by=`` means. Else ``td`` as it is, and no outputs.
+        """
+        if not self.outputs:
+            return td, {}
+        module, by = self.pullback.module, self.pullback.target.by
+        inputs = td.select(*module.in_keys, strict=False)
+        try:
+            with torch.set_grad_enabled(self.create_graph):
+                outputs = self.written(module(inputs))
+        except Exception as error:
+            reason = explained(error, module.in_keys, td)
+            if reason is error:
+                raise
+            raise reason from error
+        return (td.copy().set(by, outputs[by]) if by in outputs else td), outputs
 
     def width(self, td: TensorDictBase) -> int | None:
         """How many targets are pulled back at once within ``chunk_size``."""

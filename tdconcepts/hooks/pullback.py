@@ -198,7 +198,7 @@ class Pullback:
     ) -> tuple[Tensor, dict[Wrt, Tensor]]:
         """The explained numbers without their gradient, and the value at each site: one forward."""
         points = points or {}
-        self.check_inputs(td, points)
+        self.check_inputs(td, points, gradients=False)
         with torch.set_grad_enabled(create_graph):
             work = dense(td, self.reads(td))
             for key in self._entries:
@@ -378,14 +378,14 @@ class Pullback:
             keys += [key for key in self._program.in_keys if key not in keys]
         return keys
 
-    def check_inputs(self, td: TensorDictBase, points: Mapping[Wrt, Tensor]) -> None:
-        """Raise for an entry that is missing or has no gradient."""
+    def check_inputs(self, td: TensorDictBase, points: Mapping[Wrt, Tensor], gradients: bool = True) -> None:
+        """Raise for an entry that is missing or, where gradients are wanted, has none."""
         for key in self._entries if self.target.by is None or self._by_output else [*self._entries, self.target.by]:
             value = points[key] if key in points else td.get(key)
             if value is None:
                 raise missing_entries([key], td)
             is_tensor = isinstance(value, Tensor)
-            if key != self.target.by and not (is_tensor and value.is_floating_point()):
+            if gradients and key != self.target.by and not (is_tensor and value.is_floating_point()):
                 kind = str(value.dtype).removeprefix("torch.") if is_tensor else type(value).__name__
                 raise BadType(
                     f"the entry {key_text(key)} has no gradient",

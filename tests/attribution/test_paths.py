@@ -449,3 +449,10 @@ def test_bad_calls_leave_everything_as_it_was(net, batch, options, change, error
     with pytest.raises(error, match=text):
         IntegratedGradients(net, Target("logits", 0), **options)(td)
     assert set(td.keys(True, True)) == keys
+
+
+def test_a_part_of_a_site_is_that_part_of_the_whole(net, batch):
+    td = batch(3)
+    whole = IntegratedGradients(net, Target("logits", [0, 1]), Site("0"))(td)["attribution", "0"]
+    part = IntegratedGradients(net, Target("logits", [0, 1]), Site("0", index=[1, 2]))(td)["attribution", "0[[1, 2]]"]
+    close(part, whole[..., [1, 2]])
