@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
 
 from tdconcepts.errors import BadValue, TdConceptsError
 from tdconcepts.hooks.plans import Plan, Run
@@ -18,7 +17,7 @@ from tdconcepts.hooks.stages import is_watched
 __all__ = ["enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
 
 
-_COUNT = itertools.count()
+_NUMBERS = itertools.count(-1, -1)  # torch numbers its own hooks from 0 up, so no hook has a tap's number
 
 
 class _Tap:
@@ -27,19 +26,16 @@ class _Tap:
     Copies and pickles of the model carry it along; their modules are in no plan, so they behave unhooked.
     """
 
-    __slots__ = ("handle", "holders", "token")
+    __slots__ = ("holders", "number", "token")
     inert = True  # so that a container with nothing else on it counts as unwatched
 
     def __init__(self) -> None:
-        self.handle: Any = None
         self.holders = 1
-        self.token = f"tap {next(_COUNT)}"
+        self.number = next(_NUMBERS)
+        self.token = f"tap {self.number}"
 
-    def __reduce__(self) -> tuple[Any, tuple[type, int]]:
-        return _revived, (type(self), -1 if self.handle is None else self.handle.id)
-
-    def __deepcopy__(self, memo: object) -> _Tap:
-        return type(self)()
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 class _OutputTap(_Tap):
@@ -88,7 +84,7 @@ def install(plan: Plan) -> None:
     """
     deaf = plan.deaf()
     for module, side in plan.modules() if deaf else ():
-        if module in deaf and _tap(module, side) is None:
+        if module in deaf and _tap(_hooks(module, side)[0]) is None:
             names = [step.place.name for step in plan.steps if step.place.module is module] or ["."]
             raise BadValue(
                 "the model was compiled before the hooks came, and torch would silently ignore them",
@@ -108,31 +104,33 @@ def remove(plan: Plan) -> None:
 
 def installed(plan: Plan) -> bool:
     """Whether every module of the plan has its tap."""
-    return all(_tap(module, side) is not None for module, side in plan.modules())
+    return all(_tap(_hooks(module, side)[0]) is not None for module, side in plan.modules())
 
 
 def hold(module: nn.Module, side: str) -> None:
-    """Hold a tap on one side of a module; the first holder registers it."""
+    """Hold a tap on one side of a module; the first holder puts it there."""
+    hooks, with_kwargs = _hooks(module, side)
     with _LOCK:
-        tap = _tap(module, side)
+        tap = _tap(hooks)
         if tap is not None:
             tap.holders += 1
-        elif side == "output":
-            tap = _OutputTap()
-            tap.handle = module.register_forward_hook(tap, with_kwargs=True)
-        else:
-            tap = _InputTap()
-            tap.handle = module.register_forward_pre_hook(tap, with_kwargs=True)
+            return
+        # As register_forward_hook(tap, with_kwargs=True) does, whose handle costs more than all the rest.
+        tap = _OutputTap() if side == "output" else _InputTap()
+        hooks[tap.number] = tap
+        with_kwargs[tap.number] = True
 
 
 def release(module: nn.Module, side: str) -> None:
-    """Let go of a tap; the last holder removes it."""
+    """Let go of a tap; the last holder takes it away."""
+    hooks, with_kwargs = _hooks(module, side)
     with _LOCK:
-        tap = _tap(module, side)
+        tap = _tap(hooks)
         if tap is not None:
             tap.holders -= 1
-            if not tap.holders and tap.handle is not None:
-                tap.handle.remove()
+            if not tap.holders:
+                hooks.pop(tap.number, None)
+                with_kwargs.pop(tap.number, None)
 
 
 def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
@@ -217,18 +215,18 @@ def outside(run: Run, function: Callable[..., Any], *args: Any) -> Any:
         _ACTIVE.runs = before
 
 
-def _tap(module: nn.Module, side: str) -> _Tap | None:
-    hooks = module._forward_hooks if side == "output" else module._forward_pre_hooks
+def _tap(hooks: dict[int, Any]) -> _Tap | None:
     for hook in hooks.values():
         if isinstance(hook, _Tap):
             return hook
     return None
 
 
-def _revived(kind: type[_Tap], number: int) -> _Tap:
-    """A tap out of a pickle. Hooks keep their numbers there, so numbers given out later must not be the same."""
-    RemovableHandle.next_id = max(RemovableHandle.next_id, number + 1)
-    return kind()
+def _hooks(module: nn.Module, side: str) -> tuple[dict[int, Any], dict[int, bool]]:
+    """Torch's hooks on one side of a module by their numbers, and which of them take keyword arguments."""
+    if side == "output":
+        return module._forward_hooks, module._forward_hooks_with_kwargs
+    return module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
 
 
 def _ours(error: BaseException) -> TdConceptsError | None:

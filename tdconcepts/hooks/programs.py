@@ -21,7 +21,7 @@ from tdconcepts.hooks.locate import locate
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.sites import Place, Site, module_paths, places
 from tdconcepts.hooks.targets import Target
-from tdconcepts.hooks.watch import Record, Watch, check_version, normal_tensors, settle
+from tdconcepts.hooks.watch import Record, Seen, Watch, check_version, normal_tensors, settle
 from tdconcepts.keys import ACTIVATION, GRADIENT, NestedKey, as_key, join, key_text
 
 __all__ = ["Capture", "Patch", "Programs", "capture", "patch"]
@@ -312,20 +312,25 @@ class _Finish:
         self.found = found
 
     def __call__(self, run: Run, td: TensorDictBase) -> None:
-        batch, lead = td.batch_size, td.batch_dims
-        found = td.get(ACTIVATION)
-        written = TensorDict({}, batch_size=batch) if found is None else found
+        batch = td.batch_size
+        values = {}
         for place in self.found:
-            calls = [
-                pick(align(settle(check_version(seen, place.name), batch), batch, place.name), place.part, lead)
-                for seen in run.store[("capture", place.name)]
-            ]
+            seen = run.store["capture", place.name]
             if place.call == "all":
                 with normal_tensors():
-                    calls = [torch.stack(calls, lead)]
-            written.set(place.name, calls[0])
+                    values[place.name] = torch.stack([_final(each, place, batch) for each in seen], len(batch))
+            else:
+                values[place.name] = _final(seen[0], place, batch)
+        found = td.get(ACTIVATION)
         if found is None:
-            td.set(ACTIVATION, written)
+            td.set(ACTIVATION, TensorDict(values, batch_size=batch))
+        else:
+            found.update(values)
+
+
+def _final(seen: Seen, place: Place, batch: torch.Size) -> Tensor:
+    value = align(settle(check_version(seen, place.name), batch), batch, place.name)
+    return pick(value, place.part, len(batch))
 
 
 def checked_edit(new: Any, old: Tensor, name: str) -> Tensor:
