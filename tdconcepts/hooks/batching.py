@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NonTensorData, TensorDict, TensorDictBase
 from torch import Tensor, is_inference_mode_enabled
 from torch.compiler import is_compiling
 
@@ -113,7 +113,9 @@ def expand(td: TensorDictBase, n: int, keys: Iterable[NestedKey]) -> TensorDict:
         value = td.get(key)
         if isinstance(value, Tensor):
             many.set(key, spread(value.expand(n, *value.shape), n, batch))
-        elif value is not None:  # nested or non-tensor data
+        elif isinstance(value, NonTensorData):  # one for the whole batch
+            many.set_non_tensor(key, value.data)
+        elif value is not None:
             many.update(td.select(key).expand(n, *batch).reshape(*_merged(batch, n)))
     return many
 

@@ -142,8 +142,14 @@ class Ablate(Edit):
         return [] if self.to in ("zero", "mean") else [self.to]
 
     def __call__(self, value: Tensor, td: TensorDictBase | None) -> Tensor:
-        if not -value.ndim <= self.dim < value.ndim:
-            raise BadValue("Ablate has no such dim here", got=f"dim={self.dim} of shape {list(value.shape)}")
+        lead = 0 if td is None else td.batch_dims if value.shape[: td.batch_dims] == td.batch_size else 1
+        inside = -value.ndim <= self.dim < value.ndim and self.dim % value.ndim >= lead
+        if not inside and (self.units is not None or self.to == "mean"):
+            raise BadValue(
+                "Ablate has no such dim here",
+                got=f"dim={self.dim} of shape {list(value.shape)}, of which the first {lead} are the batch",
+                needed="a dim of the row",
+            )
         if self.to == "zero":
             new = torch.zeros_like(value)
         elif self.to == "mean":
