@@ -144,7 +144,8 @@ class Ablate(Edit):
     def __call__(self, value: Tensor, td: TensorDictBase | None) -> Tensor:
         lead = 0 if td is None else td.batch_dims if value.shape[: td.batch_dims] == td.batch_size else 1
         inside = -value.ndim <= self.dim < value.ndim and self.dim % value.ndim >= lead
-        if not inside and (self.units is not None or self.to == "mean"):
+        everything = self.units is None and self.to != "mean" and self.dim == -1  # also of a row that is one number
+        if not inside and not everything:
             raise BadValue(
                 "Ablate has no such dim here",
                 got=f"dim={self.dim} of shape {list(value.shape)}, of which the first {lead} are the batch",
