@@ -158,7 +158,6 @@ def test_create_graph_gives_the_hessian(wrt, select):
         assert not jacobian.any(), "the last layer is linear"
 
 
-@pytest.mark.xfail(strict=True, reason="D30: points at sites are detached")
 def test_create_graph_reaches_the_parameters():
     net, td = mlp(), batch()
     penalty = Pullback(net, Target("y", 0), ["x", Site("0")])(td, create_graph=True)

@@ -247,10 +247,6 @@ NESTINGS = {
 }
 
 
-D29 = pytest.mark.xfail(strict=True, reason="D29: the plan's own taps make it run the whole module")
-
-
-@D29
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_logits_are_explained_without_drawing_an_action(nesting):
     net = NESTINGS[nesting](actor())
@@ -270,7 +266,6 @@ def test_what_needs_the_action_draws_it():
     assert run(needed(net, ["twice"]), batch())["twice"].equal(net(batch())["twice"])
 
 
-@D29
 def test_a_site_behind_the_action_draws_it():
     net = TensorDictSequential(actor(), TensorDictModule(lambda a: a.float(), ["action"], ["f"]), critic())
     capture(net, "1", gradients=Target("state_value"))(batch())
@@ -297,7 +292,6 @@ def test_hooks_of_the_user_on_a_container_are_not_passed_by():
     assert containers(mlp()) == []
 
 
-@D29
 def test_entries_of_pruned_stages_are_not_asked_for():
     extra = TensorDictModule(lambda h, extra: h + extra, ["h", "extra"], ["w"])
     net = TensorDictSequential(*to_logits(), extra)
