@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -198,20 +197,6 @@ class SmoothGrad(TensorDictModuleBase):
             )
         return given.movedim(lead, 0).to(value.dtype)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if isinstance(self.noise, torch.Generator):  # generators have no pickle
-            state["noise"] = ("generator", str(self.noise.device), self.noise.get_state())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        noise = state.get("noise")
-        if isinstance(noise, tuple) and len(noise) == 3 and isinstance(noise[2], Tensor):
-            generator = torch.Generator(noise[1])
-            generator.set_state(noise[2])
-            state = {**state, "noise": generator}
-        super().__setstate__(state)
-
 
 class VarGrad(SmoothGrad):
     r"""The variance of an explanation over noisy copies of the input: :math:`\frac1n\sum_i (A_i - \bar A)^2`.
@@ -249,7 +234,8 @@ class _Moments:
     def add(self, key: NestedKey, group: Tensor) -> None:
         m = len(group)
         pivot = self.state[key][1] if key in self.state else group[0]
-        moved = (group - pivot).to(torch.promote_types(pivot.dtype, torch.float32))
+        wide = torch.promote_types(pivot.dtype, torch.float32)
+        moved = group.to(wide) - pivot.to(wide)
         ours = moved.mean(0)
         squares = (moved - ours).square().sum(0)
         if key not in self.state:

@@ -91,11 +91,14 @@ def test_an_addition_in_place_in_the_forward(batch):
             return self.last(h)
 
     model = Adds()
-    td = Gradient(TensorDictModule(model, ["x"], ["logits"]), Target("logits", 1), ["x", Site("first")])(batch(4))
-    sign = (model.first(td["x"]) + 1).sign()
-    at_first = model.last.weight[1] * sign
-    close(td["attribution", "first"], at_first.detach())
+    module, target = TensorDictModule(model, ["x"], ["logits"]), Target("logits", 1)
+    td = Gradient(module, target, ["x", Site("first")])(batch(4))
+    first = model.first(td["x"]).detach()
+    at_first = model.last.weight[1].detach() * (first + 1).sign()
+    close(td["attribution", "first"], at_first)
     close(td["attribution", "x"], (at_first @ model.first.weight).detach())
+    InputXGradient(module, target, Site("first"))(td)
+    close(td["attribution", "first"], first * at_first)  # the value as it was before the addition
 
 
 # ---------------------------------------------------------------------------------------- Captum

@@ -151,6 +151,12 @@ def test_neurons_that_are_not_there(net, batch, selector, text):
     assert "attribution" not in td
 
 
+@pytest.mark.parametrize("selector", [0, (0, 1), (0, 1, 1, 1), (0, 4, 0), (slice(None), 0, -5), slice(0, 2)])
+def test_neurons_that_are_not_in_images(cnn, images, selector):
+    with pytest.raises(BadValue, match=r"rows of shape \[3, 4, 4\]"):
+        NeuronGradient(cnn, "0", selector)(images)
+
+
 def test_layers_that_are_not_there(net):
     with pytest.raises(BadKey, match="no module at path 'conv1'"):
         NeuronGradient(net, "conv1", 0)

@@ -36,13 +36,13 @@ def smooth():
 
 @pytest.mark.parametrize("size", [(), (5,), (2, 3)])
 @pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("clean", [True, False])
-def test_the_loop_written_out(pipeline, batch, size, relative, clean):
+@pytest.mark.parametrize(("clean", "chunk"), [(True, None), (True, 4), (False, None), (False, 4)])
+def test_the_loop_written_out(pipeline, batch, size, relative, clean, chunk):
     """Draw by draw: each entry gets the noise of its own key, in units of its row's range; then mean and variance."""
     td = batch(*size)
     n, lead = 7, len(size)
     td["noise"] = TensorDict({k: torch.randn(*size, n, *td[k].shape[lead:]).double() for k in "xz"}, batch_size=size)
-    options = {"noise": "noise", "relative": relative, "include_clean": clean}
+    options = {"noise": "noise", "relative": relative, "include_clean": clean, "chunk_size": chunk}
     gradient = Gradient(pipeline, Target("logits", 1))
     draws = {"x": [], "z": []}
     for i in range(n):

@@ -232,6 +232,19 @@ def test_many_targets_are_the_loop(pipeline, batch):
             close(many[key][:, position], one[key])
 
 
+def test_many_targets_of_images():
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(-3), nn.Linear(48, 5)).double()
+    cnn = TensorDictModule(layers, ["image"], ["logits"])
+    td = TensorDict(image=torch.randn(3, 2, 6, 6, dtype=torch.float64), batch_size=[3])
+    wrt = ["image", Site("1")]
+    many = IntegratedGradients(cnn, Target("logits", [0, 4]), wrt, n_steps=4, chunk_size=5)(td.copy())["attribution"]
+    assert many["image"].shape == (3, 2, 2, 6, 6)
+    for position, index in enumerate((0, 4)):
+        one = IntegratedGradients(cnn, Target("logits", index), wrt, n_steps=4)(td.copy())["attribution"]
+        close(many["image"][:, position], one["image"])
+        close(many["1"][:, position], one["1"])
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 def test_argmax_is_chosen_once_at_the_input(chunk):
     """``logits = [x, 1]``: at x = 3 the first is larger, for the first third of the path the second is."""
@@ -403,11 +416,12 @@ def test_inputs_of_two_dtypes_keep_theirs():
 def test_half_precision_is_added_up_in_single_precision():
     linear = nn.Linear(64, 1, bias=False, dtype=torch.bfloat16)
     td = TensorDict(x=torch.randn(3, 64, dtype=torch.bfloat16), batch_size=[3])
-    explain = IntegratedGradients(TensorDictModule(linear, ["x"], ["y"]), Target("y"), n_steps=300)
+    model = TensorDictModule(linear, ["x"], ["y"])
+    explain = IntegratedGradients(model, Target("y"), n_steps=300, method="riemann_middle")
     found = explain(td)["attribution", "x"]
     assert found.dtype == torch.bfloat16
-    exact = td["x"].double() * linear.weight[0].double()
-    assert ((found.double() - exact).abs() <= 2**-8 * exact.abs()).all()
+    exact = (td["x"].double() * linear.weight[0].double()).bfloat16()
+    assert (found == exact).float().mean() > 0.98  # in half precision half of them would be the next number
 
 
 # ---------------------------------------------------------------------------------------- bad input
