@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, TdConceptsError, nearest
+from tdconcepts.errors import BadKey, BadType, BadValue, TdConceptsError, nearest
 from tdconcepts.keys import NestedKey, join, key_text
 
 __all__ = ["dispatch_rows", "explained", "missing_entries"]
@@ -69,9 +69,20 @@ def _packed(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def explained(error: Exception, in_keys: Sequence[NestedKey], td: TensorDictBase) -> Exception:
-    """The error of a model: that of a missing entry where one is missing, else as it is."""
+    """The error of a model: that of a missing entry, or of another batch size, where it is that; else as it is."""
+    if isinstance(error, TdConceptsError):
+        return error
     missing = [key for key in in_keys if td.get(key) is None]
-    return missing_entries(missing, td) if missing and not isinstance(error, TdConceptsError) else error
+    if missing:
+        return missing_entries(missing, td)
+    if "batch dimension mismatch" in str(error):  # tensordict's words, where the model writes an entry
+        return BadValue(
+            "the model writes an entry that does not have the batch in front",
+            got=str(error).splitlines()[0],
+            needed=f"entries of shape {[*td.batch_size, '...']}",
+            fix="td.batch_size = ... with the dims that the model keeps apart; a model must not mix its rows",
+        )
+    return error
 
 
 def missing_entries(keys: Sequence[NestedKey], td: TensorDictBase) -> BadKey:

@@ -212,7 +212,9 @@ class Target:
                 f"the target {self.name} has rows of shape {list(value.shape[lead:])}",
                 got=f"select={_select_text(select)}",
                 needed="rows that are vectors" if value.ndim > lead + 1 else "no selection: there is one number a row",
-                fix="a tuple with an index for each dim, or a callable (value, td) -> [*batch]",
+                fix=f"the TensorDict's batch size, which is []: TensorDict(..., batch_size={list(value.shape[:-1])})"
+                if not lead and value.ndim > 1
+                else "a tuple with an index for each dim, or a callable (value, td) -> [*batch]",
             )
 
 
