@@ -422,3 +422,57 @@ def test_bad_calls_leave_everything_as_it_was(net, batch, target, change, error,
         Gradient(net, target)(td)
     assert keys is None or list(td.keys()) == keys
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_a_batch_size_that_is_not_the_models(net, batch):
+    td = batch(3)
+    with pytest.raises(BadValue, match=r"(?s)the batch in front.*\[3, 4\]"):
+        Gradient(net, Target("logits", 0))(TensorDict(x=td["x"], batch_size=[3, 4]))
+    with pytest.raises(BadValue, match=r"(?s)rows of shape \[3, 3\].*batch_size=\[3\]"):
+        Gradient(net, Target("logits", 0))(TensorDict(x=td["x"]))
+    mixed = TensorDictModule(lambda x: x.sum(0), ["x"], ["logits"])
+    with pytest.raises(BadValue, match="mix its rows"):
+        Gradient(mixed, Target("logits", 0))(td)
+
+
+def test_targets_that_no_gradient_reaches(batch):
+    cut = TensorDictModule(lambda x: x.detach().sin().sum(-1), ["x"], ["y"])
+    with pytest.raises(BadValue, match="no gradient reaches"):
+        Gradient(cut, Target("y"))(batch(3))
+    index = TensorDictModule(lambda x: x.argmax(-1), ["x"], ["action"])
+    with pytest.raises(BadType, match=r"(?s)int64.*explain the logits"):
+        Gradient(index, Target("action"))(batch(3))
+
+
+def test_a_site_that_never_runs(batch):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.taken, self.other = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.taken(x)
+
+    module = TensorDictModule(Branches(), ["x"], ["logits"])
+    for explain in (Gradient(module, Target("logits", 0), Site("other")), Gradient(module, Target(Site("other"), 0))):
+        with pytest.raises(BadValue, match="'other' never ran"):
+            explain(batch(3))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_a_compiled_model_needs_its_anchors(net, batch):
+    net.module[0].compile(backend="eager")
+    explain = Gradient(net, Target("logits", 0), Site("0"))
+    with pytest.raises(BadValue, match=r"(?s)compiled before the hooks came.*anchor"):
+        explain(batch(3))
+
+
+@pytest.mark.parametrize("cls", [Gradient, Saliency, InputXGradient])
+def test_a_bad_number_stays_in_its_row(net, batch, cls):
+    td = batch(3)
+    clean = cls(net, Target("logits", [0, 1]), ["x", Site("2")])(td.copy())["attribution"]
+    td["x"][1, 2] = float("nan")
+    found = cls(net, Target("logits", [0, 1]), ["x", Site("2")])(td)["attribution"]
+    assert found["x"][1].isnan().any()
+    for key in ("x", "2"):
+        close(found[key][[0, 2]], clean[key][[0, 2]])

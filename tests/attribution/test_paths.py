@@ -12,6 +12,7 @@ from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
+    TensorDictSequential,
 )
 from torch import nn
 
@@ -203,6 +204,19 @@ def test_layer_integrated_gradients_of_captum(net, batch, side):
     site = Site("2", side)
     IntegratedGradients(net, Target("logits", 1), site, n_steps=8, baseline=0.3)(td)
     close(td["attribution", str(site)], theirs, 1e-6)
+
+
+def test_entries_between_stages_are_captums_layers(batch):
+    captum = oracle("captum.attr")
+    first, last = nn.Sequential(nn.Linear(4, 5), nn.Tanh()).double(), nn.Sequential(nn.GELU(), nn.Linear(5, 3)).double()
+    model = TensorDictSequential(TensorDictModule(first, ["x"], ["hidden"]), TensorDictModule(last, ["hidden"], ["y"]))
+    td = batch(5)
+    given = torch.randn(5, 4, dtype=torch.float64)
+    layer = captum.LayerIntegratedGradients(nn.Sequential(first, last), first)
+    theirs = layer.attribute(td["x"], given, target=td["action"], n_steps=7, method="riemann_right")
+    td["baseline", "x"] = given
+    explain = IntegratedGradients(model, Target("y", by="action"), ["hidden"], n_steps=7, method="riemann_right")
+    close(explain(td)["attribution", "hidden"], theirs, 1e-6)
 
 
 def test_a_layer_before_an_in_place_operation(net, batch):
