@@ -65,8 +65,14 @@ class World:
     options that bound the rows in flight.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float64, nested: bool = False, chunk: int | None = None) -> None:
-        self.dtype, self.nested = dtype, nested
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float64,
+        nested: bool = False,
+        chunk: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.dtype, self.nested, self.device = dtype, nested, device
         self.chunk: dict[str, Any] = {} if chunk is None else {"chunk_size": chunk}
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -77,7 +83,7 @@ class World:
                 TensorDictModule(body, [self("observation")], [self("hidden")]),
                 TensorDictModule(bottleneck, [self("hidden")], [self("concepts")]),
                 TensorDictModule(head, [self("concepts")], [self("logits")]),
-            ).to(dtype)
+            ).to(device, dtype)
             self.body, self.bottleneck, self.head = body, bottleneck, head
             self.entries = {
                 self("observation"): torch.randn(N, 4).to(dtype),
@@ -100,7 +106,7 @@ class World:
     @property
     def generator(self) -> torch.Generator:
         """A new generator, always from the same seed."""
-        return torch.Generator().manual_seed(7)
+        return torch.Generator(self.device).manual_seed(7)
 
     def td(self, batch: tuple[int, ...] = (N,), rows: slice | int = slice(None)) -> TensorDict:
         """The first rows of the world under a batch size, and entries that nobody reads."""
@@ -108,7 +114,7 @@ class World:
         td = TensorDict({}, batch_size=batch)
         for key, value in self.entries.items():
             some = value[rows] if isinstance(rows, int) else value[rows][:count]
-            td.set(key, some.clone().reshape((*batch, *value.shape[1:])))
+            td.set(key, some.clone().reshape((*batch, *value.shape[1:])).to(self.device))
         td.set("other", torch.ones(*batch, 2))
         td.set(("group", "other"), torch.zeros(batch))
         td.set_non_tensor("note", "a word")
@@ -341,4 +347,4 @@ def seeded(cls: type[nn.Module], w: World, *args: Any, **options: Any) -> nn.Mod
     """A module with parameters that are the same in every world."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return cls(*args, **options).to(w.dtype)
+        return cls(*args, **options).to(w.device, w.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import TABLE, Fuse, N, Row, World
+from conformance import STREAM, TABLE, Fuse, N, Row, World
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
@@ -288,6 +288,18 @@ def test_precision(row):
         torch.testing.assert_close(
             value.to(wide.dtype), wide, rtol=1e-3, atol=1e-5, msg=lambda text, k=key: f"{k}: {text}"
         )
+
+
+@law
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_devices(row):
+    """A result is where the model is, and the same there."""
+    here = explained(row)
+    there = explained(row, World(device="cuda"))
+    for key, value in there.items():
+        assert value.device.type == "cuda", key
+        if row.exempt.get("rows") != STREAM:
+            torch.testing.assert_close(value.cpu(), here[key], rtol=1e-8, atol=1e-8)
 
 
 @law
@@ -573,4 +585,4 @@ def test_chunks_can_fail():
 
 
 def test_every_law_is_seen_to_fail():
-    assert {check.__name__.removeprefix("test_") for check, _ in OUTLAWS} | {"chunks"} == set(LAWS)
+    assert {check.__name__.removeprefix("test_") for check, _ in OUTLAWS} | {"chunks", "devices"} == set(LAWS)
