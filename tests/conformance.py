@@ -28,6 +28,15 @@ from tdconcepts.interventions import (
     UniformPolicy,
     intervene,
 )
+from tdconcepts.perturbation import (
+    FeatureAblation,
+    FeaturePermutation,
+    KernelShap,
+    Lime,
+    Occlusion,
+    ShapleyExact,
+    ShapleySampling,
+)
 
 N = 5  # rows that a world has
 DRAWS = 3  # of noise
@@ -169,6 +178,8 @@ GRAPH = "create_graph=True asks for the graph"
 TENSORDICTS = "the first stage is tensordict's own module, which has its own errors"
 GENERATOR = "torch.compile can't trace a torch.Generator"
 RANDOM32 = "the draws are float32 in every model"
+DATA_DEPENDENT = "masks become numbers of groups, which a graph can't hold"
+GROUPS = torch.tensor([0, 0, 1, 2])
 
 argmax = lambda w: Target(w("logits"), "argmax")  # noqa: E731
 
@@ -239,6 +250,46 @@ EXPLAINERS = [
         lambda w: tdc.VarGrad(
             tdc.Gradient(w.model, Target(w("logits"), [0, 1])), 0.1, DRAWS, noise="noise", relative=False, **w.chunk
         ),
+    ),
+    explainer(
+        "FeatureAblation",
+        lambda w: FeatureAblation(w.model, argmax(w), [w("observation"), Site("0.1")], **w.chunk),
+        "0.1",
+        compiled=DATA_DEPENDENT,
+    ),
+    explainer(
+        "Occlusion with outputs",
+        lambda w: Occlusion(w.model, argmax(w), window=2, outputs=True, **w.chunk),
+        compiled=DATA_DEPENDENT,
+    ),
+    explainer(
+        "FeaturePermutation",
+        lambda w: FeaturePermutation(w.model, argmax(w), generator=w.generator, **w.chunk),
+        **dict.fromkeys(["rows", "called_with_tensors", "batch_dims"], "rows depend on each other, by definition"),
+        compiled=GENERATOR,
+    ),
+    explainer(
+        "ShapleySampling",
+        lambda w: ShapleySampling(
+            w.model, Target(w("logits"), [0, 2]), n_samples=3, generator=w.generator, mask=GROUPS, **w.chunk
+        ),
+        compiled=GENERATOR,
+    ),
+    explainer("ShapleyExact", lambda w: ShapleyExact(w.model, argmax(w), **w.chunk), compiled=DATA_DEPENDENT),
+    explainer(
+        "KernelShap from rows",
+        lambda w: KernelShap(
+            w.model,
+            Target(w("logits"), by=w("action")),
+            n_samples=6,
+            generator=w.generator,
+            baseline=TensorDict({w("observation"): torch.linspace(-1, 1, 8).view(2, 4)}, [2]),
+            **w.chunk,
+        ),
+        compiled=GENERATOR,
+    ),
+    explainer(
+        "Lime", lambda w: Lime(w.model, argmax(w), n_samples=9, generator=w.generator, **w.chunk), compiled=GENERATOR
     ),
 ]
 

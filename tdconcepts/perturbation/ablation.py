@@ -1,0 +1,227 @@
+"""Take a feature away and look at what the target loses: features one by one, and windows that slide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias, Unpack
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadValue, nearest
+from tdconcepts.hooks import Target, dispatch_rows
+from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.keys import NestedKey
+from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
+
+__all__ = ["FeatureAblation", "Occlusion"]
+
+Sizes: TypeAlias = int | tuple[int, ...]
+
+
+class FeatureAblation(TensorDictModuleBase):
+    r"""What the target loses when a feature is replaced by its baseline: :math:`y(w) - y(w \text{ without } g)`.
+
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on; ``("baseline", *k)`` | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    Every element of a feature gets the feature's score. Entries are played together, so that a feature may lie in
+    several; each site, and each entry between stages, is for itself. Integer entries can be explained too. With several
+    targets one more dim of size T follows the batch.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        options: ``mask``, ``baseline``, ``progress``; see :class:`~tdconcepts.perturbation.Perturbed`; and
+            ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadValue: a mask or a baseline of another shape. BadType: what is no mask or baseline.
+        BadKey: a mask or baseline for something else.
+
+    Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014 (section 4.2).
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(lambda x: x @ torch.tensor([1.0, 2.0, 3.0]), ["x"], ["y"])
+        >>> explain = FeatureAblation(net, Target("y"), mask=torch.tensor([0, 0, 1]))
+        >>> explain(TensorDict(x=torch.ones(1, 3), batch_size=[1]))["attribution", "x"]
+        tensor([[3., 3., 3.]])
+    """
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        target: Target,
+        wrt: Wrt | list[Wrt] | None = None,
+        **options: Unpack[Perturbed],
+    ) -> None:
+        super().__init__()
+        self._perturbing = Perturbing(module, target, wrt, options)
+        self.module = module
+        self.in_keys, self.out_keys = self._perturbing.in_keys, self._perturbing.out_keys
+        self.optional_keys = self._perturbing.optional_keys
+
+    @dispatch_rows
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict``."""
+        return self._perturbing.run(tensordict, _ablate)
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here."""
+        return self._perturbing.hold(tensordict)
+
+
+class Occlusion(TensorDictModuleBase):
+    r"""What the target loses under a sliding window: the mean of :math:`y(w) - y(w \text{ without } W)` over windows.
+
+    Reads, writes, errors and options as :class:`FeatureAblation`, without ``mask``. An element gets the mean over the
+    windows that cover it. Each entry is for itself.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        window: the size of the window in elements, for the last dims of a row (the dims before them are covered
+            whole), or a dict of these by key. The last window of a dim ends with it.
+        stride: how far the window moves, 1 by default; at most the window.
+        options: ``baseline``, ``progress``, ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``.
+
+    Raises:
+        BadValue: sizes below one, more of them than dims, or a stride that leaves elements out.
+
+    Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014 (section 4.2).
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(lambda x: x @ torch.tensor([1.0, 2.0, 3.0]), ["x"], ["y"])
+        >>> explain = Occlusion(net, Target("y"), window=2)
+        >>> explain(TensorDict(x=torch.ones(1, 3), batch_size=[1]))["attribution", "x"]
+        tensor([[3., 4., 5.]])
+    """
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        target: Target,
+        wrt: Wrt | list[Wrt] | None = None,
+        *,
+        window: Sizes | Mapping[NestedKey, Sizes],
+        stride: Sizes | Mapping[NestedKey, Sizes] = 1,
+        **options: Unpack[Perturbed],
+    ) -> None:
+        super().__init__()
+        if "mask" in options:
+            raise BadValue(
+                "an occlusion has windows, no mask", got="mask=", fix="window=, or FeatureAblation(mask=...)"
+            )
+        self._perturbing = Perturbing(module, target, wrt, options)
+        self.module, self.window, self.stride = module, window, stride
+        self._sizes = {
+            w: _sizes(window, stride, name, list(self._perturbing.explaining.pullback.names))
+            for w, name in zip(
+                self._perturbing.explaining.pullback.wrt, self._perturbing.explaining.pullback.names, strict=True
+            )
+        }
+        self.in_keys, self.out_keys = self._perturbing.in_keys, self._perturbing.out_keys
+        self.optional_keys = self._perturbing.optional_keys
+
+    @dispatch_rows
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict``."""
+        return self._perturbing.run(tensordict, self._occlude)
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here."""
+        return self._perturbing.hold(tensordict)
+
+    def _occlude(self, game: Game) -> dict[Wrt, Tensor]:
+        return {w: self._slide(game, w) for w in game.ends}
+
+    def _slide(self, game: Game, mine: Wrt) -> Tensor:
+        end, lead = game.ends[mine], game.lead
+        row = end.shape[lead:]
+        sizes, strides = self._sizes[mine]
+        if len(sizes) > len(row):
+            got, needed = f"window={sizes}", f"at most {len(row)} sizes, for rows of shape {list(row)}"
+            raise BadValue("a window of more dims than the row", got=got, needed=needed)
+        per_dim = [
+            _covered(n, k, s, end.device) for n, k, s in zip(row[len(row) - len(sizes) :], sizes, strides, strict=True)
+        ]
+        counts = [len(covered) for covered in per_dim]
+        n = int(torch.tensor(counts).prod())
+
+        def inside(at: Tensor) -> Tensor:  # [m, *the dims of the window]
+            found = torch.ones(len(at), *[1] * len(per_dim), dtype=torch.bool, device=end.device)
+            for dim, (covered, index) in enumerate(zip(per_dim, torch.unravel_index(at, counts), strict=True)):
+                shape = [len(at), *[1] * dim, covered.shape[1], *[1] * (len(per_dim) - dim - 1)]
+                found = found & covered[index.to(end.device)].view(shape)
+            return found
+
+        def kept(at: Tensor, w: Wrt) -> Tensor:  # experiment 0 is the row itself
+            if w != mine:
+                return torch.ones(len(at), *game.ends[w].shape[lead:], dtype=torch.bool, device=end.device)
+            stay = ~inside((at - 1).clamp(min=0)) | (at == 0).view(-1, *[1] * len(per_dim))
+            return stay.view(len(at), *[1] * (len(row) - len(per_dim)), *stay.shape[1:]).expand(len(at), *row)
+
+        values = game.values(n + 1, kept)
+        losses = values[:1] - values[1:]
+        step = max(1, 2**20 // max(1, int(torch.tensor([c.shape[1] for c in per_dim]).prod())))
+        total, cover = None, None
+        for begin in range(0, n, step):
+            part = inside(torch.arange(begin, min(n, begin + step))).to(losses.dtype)
+            mass = torch.tensordot(losses[begin : begin + step], part, ([0], [0]))
+            total = mass if total is None else total + mass
+            cover = part.sum(0) if cover is None else cover + part.sum(0)
+        assert total is not None
+        found = (total / cover).reshape(*losses.shape[1:], *[1] * (len(row) - len(per_dim)), *part.shape[1:])
+        return game.shaped(mine, found.expand(*losses.shape[1:], *row).clone())
+
+
+def _ablate(game: Game) -> dict[Wrt, Tensor]:
+    """One experiment with everything, and one without each feature."""
+
+    def kept(at: Tensor) -> Tensor:
+        return at.unsqueeze(-1) - 1 != torch.arange(game.count)
+
+    values = game.coalitions(game.count + 1, kept)
+    return game.spread(values[:1] - values[1:])
+
+
+def _covered(length: int, size: int, stride: int, device: torch.device) -> Tensor:
+    """For each window along one dim the positions that it covers, ``[windows, length]``."""
+    count = -(-max(0, length - size) // stride) + 1
+    begin = (torch.arange(count, device=device) * stride).unsqueeze(-1)
+    at = torch.arange(length, device=device)
+    return (begin <= at) & (at < begin + size)
+
+
+def _sizes(window: object, stride: object, name: NestedKey, names: list[NestedKey]) -> tuple[tuple[int, ...], ...]:
+    found = []
+    for what, given in (("window", window), ("stride", stride)):
+        if isinstance(given, Mapping):
+            wrong = [key for key in given if key not in names]
+            if wrong or (name not in given and what == "window"):
+                got, needed = f"{what} for {list(given)}", nearest(wrong[0], names) if wrong else f"one for {name!r}"
+                raise BadKey(f"a {what} for other entries than those explained", got=got, needed=needed)
+            given = given.get(name, 1)
+        one = (given,) if isinstance(given, int) else given
+        if not isinstance(one, tuple) or not one or not all(type(size) is int and size >= 1 for size in one):
+            raise BadValue(f"not a {what}", got=f"{what}={given!r}", needed="an int >= 1, or a tuple of them")
+        found.append(one)
+    sizes, strides = found
+    strides = strides * len(sizes) if len(strides) == 1 else strides
+    if len(strides) != len(sizes) or any(s > k for s, k in zip(strides, sizes, strict=True)):
+        got = f"window={sizes}, stride={strides}"
+        raise BadValue("a stride that leaves elements out", got=got, needed="one for each size, at most that size")
+    return sizes, strides

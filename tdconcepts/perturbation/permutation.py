@@ -1,0 +1,119 @@
+"""Give a feature to the wrong rows and look at what the target loses."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from torch import Tensor
+
+from tdconcepts.errors import BadValue
+from tdconcepts.hooks import Target, check_td, dispatch_rows
+from tdconcepts.hooks.batching import slices
+from tdconcepts.hooks.drawing import Source
+from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.keys import NestedKey
+from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
+
+__all__ = ["FeaturePermutation"]
+
+
+class FeaturePermutation(TensorDictModuleBase):
+    r"""What the target loses when a feature comes from other rows: :math:`y(w) - y(w \text{ with } g \text{ of row }
+    \pi_g(i))`.
+
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    :math:`\pi_g` is a random order of all rows of the batch, another for each feature; so rows depend on each other, by
+    definition.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        generator: where the orders come from: the same state, the same answer, whatever the chunks.
+        options: ``mask``, ``progress``; see :class:`~tdconcepts.perturbation.Perturbed`; and ``chunk_size``,
+            ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadValue: a single row, or a baseline.
+
+    Source: Fisher et al., *All models are wrong, but many are useful*, 2019 (section 3.2).
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(lambda x: x[..., 0], ["x"], ["y"])
+        >>> td = FeaturePermutation(net, Target("y"))(TensorDict(x=torch.randn(8, 3), batch_size=[8]))
+        >>> td["attribution", "x"][:, 1:].abs().max().item(), abs(td["attribution", "x"].sum().item()) < 1e-5
+        (0.0, True)
+    """
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        target: Target,
+        wrt: Wrt | list[Wrt] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        **options: Unpack[Perturbed],
+    ) -> None:
+        super().__init__()
+        if "baseline" in options:
+            raise BadValue("other rows are the baseline here", got="baseline=", fix="FeatureAblation(baseline=...)")
+        self._perturbing = Perturbing(module, target, wrt, options)
+        self.module, self._source = module, Source(generator)
+        self.in_keys, self.out_keys = self._perturbing.explaining.in_keys, self._perturbing.out_keys
+
+    @dispatch_rows
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict``."""
+        check_td(tensordict)
+        this = self._perturbing
+        n = tensordict.batch_size.numel()
+        if n == 1:
+            got, needed = f"batch size {list(tensordict.batch_size)}", "two rows or more"
+            raise BadValue("one row has no other row to take a feature from", got=got, needed=needed)
+        chunk = this.explaining.chunk_size or max(1, tensordict.numel())
+        parts, outputs = [], []
+        for index, part in slices(tensordict, chunk):
+            ran, wrote = this.explaining.ran(part)
+            parts.append((index, ran, this.hold(ran)))
+            outputs.append(wrote)
+        results: dict[NestedKey, Tensor] = {key: torch.cat([o[key] for o in outputs]) for key in outputs[0]}
+        for path in this.games:
+            played = [(index, Game(this, path, part, held)) for index, part, held in parts]
+            full = {w: torch.cat([game.ends[w] for _, game in played]) for w in path.wrt}
+            orders = self._source.permutations(played[0][1].count, n).cpu()
+            found = [this.named(_permute(game, full, orders, index, tensordict)) for index, game in played]
+            results |= {key: torch.cat([one[key] for one in found]) for key in found[0]}
+        for key, value in results.items():
+            tensordict.set(key, value)
+        return tensordict
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here."""
+        return self._perturbing.hold(tensordict)
+
+
+def _permute(
+    game: Game, full: dict[Wrt, Tensor], orders: Tensor, index: object, whole: TensorDictBase
+) -> dict[Wrt, Tensor]:
+    """``orders [G, N]`` of all rows; this game has those at ``index``."""
+    mine = orders.view(len(orders), *whole.batch_size)
+    mine = mine if index is ... else mine[:, index]  # type: ignore[index]
+    flat = {w: value.flatten(0, game.lead - 1) for w, value in full.items()}
+
+    def kept(at: Tensor) -> Tensor:  # experiment 0 is the row itself
+        return at.unsqueeze(-1) - 1 != torch.arange(game.count)
+
+    def other(at: Tensor, w: Wrt) -> Tensor:
+        return flat[w][mine[(at.cpu() - 1).clamp(min=0)].to(flat[w].device)]
+
+    values = game.coalitions(game.count + 1, kept, other)
+    return game.spread(values[:1] - values[1:])

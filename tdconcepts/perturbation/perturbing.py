@@ -1,0 +1,197 @@
+"""What every method of forward passes shares: the game of features that are there or not, and rows in flight."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from tdconcepts.errors import BadValue, import_extra
+from tdconcepts.hooks import Options, Pullback, Site, Target
+from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.explaining import Explaining, check_options
+from tdconcepts.hooks.leaves import pick, put
+from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.keys import NestedKey
+from tdconcepts.perturbation.baselines import Baselines, background, check_baselines, group_of, start
+from tdconcepts.perturbation.masks import Masks, check_masks, numbered
+
+__all__ = ["Game", "Perturbed", "Perturbing"]
+
+
+class Perturbed(Options, total=False):
+    """The options that every method of forward passes takes, besides those of :class:`~tdconcepts.hooks.Options`.
+
+    Args:
+        mask: which elements are one feature: an integer tensor in the shape of a row, a callable from that shape to one
+            (:class:`Grid`, :class:`Along`), or a dict of these by key. Equal numbers are one feature, also across
+            entries; -1 is never touched. Default: each element is one.
+        baseline: what stands in for a feature that is taken away: a number; a tensor in the shape of a row; the first
+            part of the keys that hold it; a callable ``(value, batch_dims) -> value`` (:class:`Blur`, :class:`Mean`); a
+            TensorDict of M rows, over which results are averaged; or a dict of these by key. Default:
+            ``("baseline", *k)`` where the TensorDict has it, else zero.
+        progress: show a progress bar (tqdm); never in worker processes.
+    """
+
+    mask: Masks
+    baseline: Baselines
+    progress: bool
+
+
+class Perturbing:
+    """The part of a method of forward passes that is the same for all: features, baselines, chunks, results.
+
+    Entries are one game, played together; each site, and each entry between stages, is a game of its own.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        options: see :class:`Perturbed`.
+    """
+
+    def __init__(
+        self, module: TensorDictModuleBase, target: Target, wrt: Wrt | list[Wrt] | None, options: Mapping[str, Any]
+    ) -> None:
+        check_options(options, [*Options.__annotations__, *_OWN])
+        self.explaining = this = Explaining(module, target, wrt, {k: v for k, v in options.items() if k not in _OWN})
+        self.mask, self.baseline = options.get("mask"), options.get("baseline")
+        self.progress = bool(options.get("progress", False))
+        whole = this.pullback
+        check_masks(self.mask, whole.wrt)
+        check_baselines(self.baseline, list(whole.names))
+        entries = [w for w in whole.wrt if not isinstance(w, Site) and w in module.in_keys]
+        apart: list[list[Wrt]] = [[w] for w in whole.wrt if w not in entries]
+        self.games = [Pullback(module, target, list(g)) for g in ([entries] if entries else []) + apart]
+        self.keys = dict(zip(whole.wrt, this.attribution_keys, strict=True))
+        held = [group_of(self.baseline, name) for name in whole.names]
+        self.in_keys = list(dict.fromkeys([*this.in_keys, *(key for key, must in held if key is not None and must)]))
+        self.optional_keys = [key for key, must in held if key is not None and not must]
+        self.out_keys = this.out_keys
+
+    def run(self, td: TensorDictBase, play: Callable[[Game], Mapping[Wrt, Tensor]]) -> TensorDictBase:
+        """Write what ``play(game)`` gives for each chunk of the batch and each game, and return ``td``."""
+
+        def attribute(part: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
+            part, outputs = self.explaining.ran(part)
+            held = self.hold(part) if held is None else held
+            found: dict[NestedKey, Tensor] = {}
+            for path in self.games:
+                found |= self.named(play(Game(self, path, part, held)))
+            return found | outputs
+
+        return self.explaining.run(td, attribute)
+
+    def named(self, found: Mapping[Wrt, Tensor]) -> dict[NestedKey, Tensor]:
+        """Results by the key under which they are written."""
+        graph = self.explaining.create_graph
+        return {self.keys[w]: value if graph else value.detach() for w, value in found.items()}
+
+    def hold(self, td: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here."""
+        return self.games[0].hold(td)
+
+
+_OWN = ("mask", "baseline", "progress")
+
+
+class Game:
+    """One batch and the features that can be taken away from it.
+
+    ``ends``: the value of each entry or site; ``ids``: for each of its elements the number of its feature (-1: none);
+    ``count``: the number of features; ``lead``: the number of batch dims.
+    """
+
+    def __init__(self, owner: Perturbing, path: Pullback, td: TensorDictBase, held: Tensor | None) -> None:
+        self.owner, self.path, self.td, self.held = owner, path, td, held
+        self.lead = lead = td.batch_dims
+        graph = owner.explaining.create_graph
+        self.sites: dict[Wrt, Tensor] = {}
+        if path.is_inner:
+            self.sites = path.evaluate(td, create_graph=graph)[1]
+            self.ends = {w: pick(v, w.index, lead) if isinstance(w, Site) else v for w, v in self.sites.items()}
+        else:
+            path.check_inputs(td, {}, gradients=False)
+            self.ends = {w: td.get(w) for w in path.wrt}
+        names = dict(zip(path.wrt, path.names, strict=True))
+        given = owner.baseline
+        self.rows = {w: background(given, names[w], end, lead) for w, end in self.ends.items()}
+        self.copies = max((len(rows) for rows in self.rows.values() if rows is not None), default=1)
+        self.starts = {w: start(given, names[w], end, td) for w, end in self.ends.items() if self.rows[w] is None}
+        found, self.count = numbered(owner.mask, {w: end.shape[lead:] for w, end in self.ends.items()})
+        self.ids = {w: ids.to(self.ends[w].device) for w, ids in found.items()}
+
+    def values(self, n: int, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None = None) -> Tensor:
+        """The explained numbers of ``n`` experiments, ``[n, *B]`` or ``[n, *B, T]``.
+
+        Args:
+            n: how many experiments; with M rows of a baseline each is M forwards, and their mean.
+            kept: for experiments ``[m]`` the elements that stay as they are, ``[m, *row]``.
+            other: what stands in for the rest, ``[m, *B, *row]``; default: the baseline.
+        """
+        this, td, path, batch = self.owner.explaining, self.td, self.path, self.td.batch_size
+        others = [key for key in path.reads(td) if key not in path.wrt]
+        rows = rows_of(td, this.chunk_size, path.in_keys)
+        found = []
+        for group in self._tracked(list(groups(n * self.copies, rows, td.numel()))):
+            m = len(group)
+            at = torch.arange(group.start, group.stop, device=td.device)
+            points = {w: spread(self._moved(w, at, kept, other), m, batch) for w in path.wrt}
+            held = None if self.held is None else spread(self.held.expand(m, *self.held.shape), m, batch)
+            value, _ = path.evaluate(expand(td, m, others), points, held, create_graph=this.create_graph)
+            found.append(gather(value, m, batch))
+        values = torch.cat(found)
+        return values.unflatten(0, (n, self.copies)).mean(1) if self.copies > 1 else values
+
+    def coalitions(self, n: int, kept: Callable[[Tensor], Tensor], other: Other | None = None) -> Tensor:
+        """The explained numbers where experiment ``i`` keeps the features ``kept(i)``, ``[m, count]``."""
+
+        def elements(at: Tensor, w: Wrt) -> Tensor:
+            stay = torch.nn.functional.pad(kept(at.cpu()).to(self.ids[w].device), (0, 1), value=True)
+            return stay[:, self.ids[w]]  # -1 is the column that was added
+
+        return self.values(n, elements, other)
+
+    def spread(self, scores: Tensor) -> dict[Wrt, Tensor]:
+        """A score for each feature, ``[count, *B(, T)]``, as that of each of its elements, ``[*B(, T), *row]``."""
+        wide = torch.nn.functional.pad(scores.movedim(0, -1), (0, 1))
+        return {w: self.shaped(w, wide[..., ids]) for w, ids in self.ids.items()}
+
+    def shaped(self, w: Wrt, found: Tensor) -> Tensor:
+        """A result in the dtype of what it explains."""
+        return found.to(self.ends[w].dtype) if self.ends[w].is_floating_point() else found
+
+    def need(self, most: int, what: str, fix: str) -> None:
+        """Raise where there are too many features."""
+        if self.count > most:
+            raise BadValue(f"too many features for {what}", got=f"{self.count}", needed=f"at most {most}", fix=fix)
+
+    def _moved(self, w: Wrt, at: Tensor, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None) -> Tensor:
+        end, rows, lead, copies = self.ends[w], self.rows[w], self.lead, self.copies
+        experiment = at // copies if copies > 1 else at
+        stay = kept(experiment, w)
+        stay = stay.reshape(len(at), *[1] * lead, *end.shape[lead:])
+        if other is not None:
+            base = other(experiment, w)
+        elif rows is not None:
+            base = rows[(at % copies).to(rows.device)].reshape(len(at), *[1] * lead, *end.shape[lead:])
+        else:
+            base = self.starts[w]
+        moved = torch.where(stay, end, base)
+        if isinstance(w, Site) and w.index is not None:
+            whole = self.sites[w]
+            return torch.stack([put(whole, w.index, lead, one) for one in moved.unbind(0)])
+        return moved
+
+    def _tracked(self, chunks: list[range]) -> Iterable[range]:
+        if not self.owner.progress or multiprocessing.parent_process() is not None:
+            return chunks
+        return import_extra("tqdm", "demo").tqdm(chunks, desc="forward passes", leave=False)
+
+
+Other = Callable[[Tensor, Wrt], Tensor]
