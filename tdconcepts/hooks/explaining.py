@@ -10,13 +10,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadType, nearest
+from tdconcepts.errors import BadKey, BadType, nearest
 from tdconcepts.hooks.batching import check_chunk_size, slices
 from tdconcepts.hooks.calling import explained
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.targets import Target
-from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, check_writable, join
+from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, check_writable, join, key_text
 
 __all__ = ["HELD", "Explaining", "Options", "check_options"]
 
@@ -72,13 +72,16 @@ class Explaining:
             *(extra(self) if extra else []),
             *(module.out_keys if self.outputs else []),
         ]
-        check_writable(self.out_keys if not self.outputs else self.attribution_keys, self.in_keys)
+        own = self.out_keys[: len(self.out_keys) - len(module.out_keys)] if self.outputs else self.out_keys
+        check_writable(own, self.in_keys)
+        check_writable([*own, *dict.fromkeys(module.out_keys)] if self.outputs else own)
 
     def run(
         self, td: TensorDictBase, attribute: Callable[[TensorDictBase, Tensor | None], dict[NestedKey, Tensor]]
     ) -> TensorDictBase:
         """Write what ``attribute(part, held)`` gives for each chunk of the batch, and return ``td``."""
         check_td(td)
+        self._check_room(td)
         held = td.get(HELD)
         if self.chunk_size is None or td.numel() <= self.chunk_size or not td.batch_dims:
             results = attribute(td, held)
@@ -110,6 +113,18 @@ class Explaining:
                 raise
             raise reason from error
         return (td.copy().set(by, outputs[by]) if by in outputs else td), outputs
+
+    def _check_room(self, td: TensorDictBase) -> None:
+        """Raise, before anything is computed, where an entry has the name of the group that results go to."""
+        first = join(self.out_key)[0]
+        entry = td.get(first)
+        if isinstance(entry, Tensor):
+            raise BadKey(
+                f"{key_text(first)} is an entry, and can't be a group of entries too",
+                got=f"shape {list(entry.shape)}",
+                needed="another name for the results",
+                fix='out_key="why"',
+            )
 
     def width(self, td: TensorDictBase) -> int | None:
         """How many targets are pulled back at once within ``chunk_size``."""

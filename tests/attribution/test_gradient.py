@@ -476,3 +476,16 @@ def test_a_bad_number_stays_in_its_row(net, batch, cls):
     assert found["x"][1].isnan().any()
     for key in ("x", "2"):
         close(found[key][[0, 2]], clean[key][[0, 2]])
+
+
+def test_names_that_are_taken(net, batch):
+    with pytest.raises(BadKey, match="out_key="):
+        Gradient(net, Target("logits", 0))(td := batch(3).set("attribution", torch.zeros(3)))
+    assert td["attribution"].shape == (3,)
+    Gradient(net, Target("logits", 0), out_key="why")(td.set("held", torch.zeros(3)))
+    model = TensorDictModule(nn.Linear(4, 3).double(), ["x"], ["attribution"])
+    with pytest.raises(BadKey, match=r"\('attribution', 'x'\), below 'attribution'"):
+        Gradient(model, Target("attribution", 0), outputs=True)
+    again = TensorDictSequential(net, Gradient(net, Target("logits", 0)))
+    with pytest.raises(BadKey, match="two entries would be written under one key"):
+        Gradient(again, Target("logits", 0), outputs=True)
