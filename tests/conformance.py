@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import tdconcepts as tdc
 from tdconcepts import Site, Target
 from tdconcepts.concepts import ConceptActivation, ConceptBottleneck, ConceptSpec, MemorySelector
+from tdconcepts.experiments import Sweep, each, every, product
 from tdconcepts.interventions import (
     Do,
     GradientPolicy,
@@ -391,7 +392,27 @@ STAGES = [
     ),
 ]
 
-TABLE = EXPLAINERS + CONTEXTS + STAGES
+PLANNED = "a plan is chosen by trying it, which torch.compile can't trace"
+
+EXPERIMENTS = [
+    explainer(
+        "Sweep over units",
+        lambda w: Sweep(w.model, every([Site("0.0"), w("hidden")], tdc.Ablate()), outputs=w("logits"), **w.chunk),
+        compiled=PLANNED,
+    ),
+    explainer(
+        "Sweep over pairs, with a donor",
+        lambda w: Sweep(
+            w.model,
+            product(every(Site("0.0"), tdc.Replace(w("donor")), [0, -1]), every(w("concepts"), tdc.Scale(2.0)))
+            + each(w("observation"), [tdc.Scale(0.5), tdc.Add(1.0)]),
+            **w.chunk,
+        ),
+        compiled=PLANNED,
+    ),
+]
+
+TABLE = EXPLAINERS + CONTEXTS + STAGES + EXPERIMENTS
 
 
 def seeded(cls: type[nn.Module], w: World, *args: Any, **options: Any) -> nn.Module:

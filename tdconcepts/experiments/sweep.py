@@ -121,6 +121,7 @@ class Sweep(TensorDictModuleBase):
         outer = [key for key in read if key not in self._inner]
         self.in_keys = list(dict.fromkeys([*map(as_key, model.in_keys), *outer]))
         self.out_keys = [as_key(join(out_key, key)) for key in self._outputs]
+        self._written = list(zip(self._outputs, self.out_keys, strict=True))
         check_writable(self.out_keys, self.in_keys)
         self._decided: dict[Any, _Decision] = {}
         self._tree = tuple(model.modules())  # to look at their modes at each call
@@ -135,7 +136,7 @@ class Sweep(TensorDictModuleBase):
             decision, found = self._decide(work)
             found = self._run(work, decision) if found is None else found
         lead = tensordict.batch_dims
-        for key, out_key in zip(self._outputs, self.out_keys, strict=True):
+        for key, out_key in self._written:
             value = found[key] if lead else found[key].squeeze(1)
             tensordict.set(out_key, value.movedim(0, lead))
         return tensordict
