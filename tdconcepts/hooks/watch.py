@@ -61,7 +61,7 @@ class Watch:
             store[self.key] = Seen(value.clone())
             return value
         base = unwrapped(value)
-        if base.requires_grad and given is None:
+        if base.requires_grad and (given is None or store.get("create_graph")):
             kept = base if store.get("create_graph") else base.detach()
             kept = kept.clone() if store.get("snapshot") or store.get("create_graph") else kept
             mapped = None if base is value else torch._C._functorch.maybe_get_bdim(value)

@@ -453,6 +453,22 @@ def test_gradients_at_given_points(frozen):
     assert td["x"].equal(batch()["x"])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("where", ["x", Site("0")])
+def test_given_points_keep_their_graph_on_request(frozen, where):
+    """A path from a baseline to the input: its gradient's gradient goes through the points."""
+    net = mlp().double().requires_grad_(not frozen)
+    rest = (lambda x: net.module(x)) if where == "x" else (lambda h: net.module[2](torch.tanh(h)))
+    point = torch.randn(5, 4 if where == "x" else 3, dtype=torch.float64, requires_grad=True)
+    td = batch().double()
+    pulled = Pullback(net, Target("y", 0), where)(td, {where: point}, create_graph=True)
+    found = pulled.gradients[0].sum() + pulled.values.sum() + pulled.points[0].square().sum()
+    values = rest(point)[:, 0]
+    gradient = torch.autograd.grad(values.sum(), point, create_graph=True)[0]
+    expected = gradient.sum() + values.sum() + point.square().sum()
+    torch.testing.assert_close(torch.autograd.grad(found, point)[0], torch.autograd.grad(expected, point)[0])
+
+
 def test_evaluate_is_the_forward_alone():
     net, td, z = mlp(), batch(), torch.randn(5, 3)
     pull = Pullback(net, Target("y", 0), ["x", Site("0")])
