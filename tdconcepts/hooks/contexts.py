@@ -163,7 +163,10 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
             run if entered and other.owner is owner else other.anew(run) if other.standing else other
             for other in before
         ]
-        _ACTIVE.runs = tuple(others) if entered else (*others, run)
+        if not entered:  # before the runs of callers: what wraps a module sees what the module makes
+            callers = [other for other in others if not other.standing]
+            others = [*[other for other in others if other.standing], run, *callers]
+        _ACTIVE.runs = tuple(others)
         return function(*args)
     except Exception as error:
         ours = None if isinstance(error, TdConceptsError) else _ours(error)
@@ -209,10 +212,13 @@ def outside(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function`` with ``run`` suspended: a model that it calls is not hooked by this run a second time."""
     before = _ACTIVE.runs
     _ACTIVE.runs = tuple([other for other in before if other is not run])
+    standing = [(other, other.td, other.active, dict(other.calls)) for other in before if other.standing]
     try:
         return function(*args)
     finally:
         _ACTIVE.runs = before
+        for other, td, active, calls in standing:  # which a call of the model has begun and ended meanwhile
+            other.td, other.active, other.calls = td, active, calls
 
 
 def _tap(hooks: dict[int, Any]) -> _Tap | None:

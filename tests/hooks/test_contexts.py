@@ -245,10 +245,7 @@ def test_a_thread_may_end_inside_a_context_of_another():
 # ---------------------------------------------------------------------------------------------------- wrapped contexts
 
 
-D37 = pytest.mark.xfail(strict=True, reason="D37: outside of with, a wrapper reads before the edits of what it wraps")
-
-
-@pytest.mark.parametrize("entered", [pytest.param(False, marks=D37), True])
+@pytest.mark.parametrize("entered", [False, True])
 def test_what_wraps_a_context_sees_its_edits(entered):
     net = mlp()
     edited = patch(net, {Site("0"): Scale(2.0)})
@@ -269,7 +266,6 @@ def test_what_wraps_a_context_sees_its_edits(entered):
     torch.testing.assert_close(twice_edited, net.module[2](torch.tanh(h + 1)))
 
 
-@pytest.mark.xfail(strict=True, reason="D35: the inner call ends the standing runs of others")
 @pytest.mark.parametrize("direct", [False, True])
 def test_an_edit_that_calls_the_model_leaves_outer_contexts_alone(direct):
     net = mlp()

@@ -241,7 +241,9 @@ def test_a_context_can_be_hooked_itself():
     inner = capture(net, "0")
     outer = Patch({Site("0"): Scale(2.0)}).on(inner)
     assert list(module_paths(inner)) == list(module_paths(net))
-    assert outer(batch())["activation", "0"].equal(2 * net[0].module(batch()["x"]))
+    td, plain = outer(batch()), net[0].module(batch()["x"])
+    assert td["activation", "0"].equal(plain)  # what is wrapped reads first,
+    assert td["h"].equal(2 * plain)  # what wraps it edits what that makes
 
 
 def test_modules_that_hold_each_other():
