@@ -55,7 +55,7 @@ class Watch:
             value = given.reshape(value.shape).to(value.dtype)
         if "zeros" in store:
             moved = value + store["zeros"][self.key]
-            store[self.key] = Seen(moved)
+            store[self.key] = Seen(moved.clone())  # an in-place operation may follow
             return moved
         if store.get("shapes"):
             store[self.key] = Seen(value.clone())
