@@ -16,6 +16,16 @@ from torch import Tensor, nn
 
 import tdconcepts as tdc
 from tdconcepts import Site, Target
+from tdconcepts.attribution import (
+    Absolute,
+    Conductance,
+    InternalInfluence,
+    NeuronConductance,
+    NoiseTunnel,
+    Normalised,
+    Summed,
+    TimesInput,
+)
 from tdconcepts.concepts import ConceptActivation, ConceptBottleneck, ConceptSpec, MemorySelector
 from tdconcepts.experiments import Sweep, each, every, product
 from tdconcepts.interventions import (
@@ -251,6 +261,30 @@ EXPLAINERS = [
         lambda w: tdc.VarGrad(
             tdc.Gradient(w.model, Target(w("logits"), [0, 1])), 0.1, DRAWS, noise="noise", relative=False, **w.chunk
         ),
+    ),
+    explainer(
+        "Conductance",
+        lambda w: Conductance(w.model, argmax(w), [Site("0.0"), w("hidden")], n_steps=3, **w.chunk),
+        "0.0",
+        "0",
+    ),
+    explainer(
+        "InternalInfluence",
+        lambda w: InternalInfluence(w.model, Target(w("logits"), [2, 0]), Site("0.0"), n_steps=3, **w.chunk),
+        "0.0",
+    ),
+    explainer(
+        "NeuronConductance",
+        lambda w: NeuronConductance(w.model, Target(w("logits"), [2, 0]), "0.0", slice(1, 4), n_steps=3, **w.chunk),
+        "0.0",
+    ),
+    row("Absolute", lambda w: Absolute(tdc.IntegratedGradients(w.model, argmax(w), n_steps=2, convergence_delta=True))),
+    row("TimesInput", lambda w: TimesInput(tdc.Gradient(w.model, Target(w("logits"), [1, 0]), outputs=True))),
+    row("Summed", lambda w: Summed(tdc.Gradient(w.model, argmax(w)), pool="abs")),
+    row("Normalised", lambda w: Normalised(tdc.Gradient(w.model, Target(w("logits"), [1, 0])), "l2", targets=True)),
+    explainer(
+        "NoiseTunnel SmoothGradSquared",
+        lambda w: NoiseTunnel(tdc.Gradient(w.model, argmax(w)), "smoothgrad_sq", DRAWS, noise="noise", **w.chunk),
     ),
     explainer(
         "FeatureAblation",

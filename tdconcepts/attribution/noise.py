@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -17,7 +18,7 @@ from tdconcepts.hooks.explaining import HELD
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
 from tdconcepts.tunables import Tunable
 
-__all__ = ["SmoothGrad", "VarGrad"]
+__all__ = ["NoiseTunnel", "SmoothGrad", "SmoothGradSquared", "VarGrad"]
 
 
 class SmoothGrad(TensorDictModuleBase):
@@ -219,6 +220,60 @@ class VarGrad(SmoothGrad):
 
     def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
         return moments.variance(key)
+
+
+class SmoothGradSquared(SmoothGrad):
+    r"""The mean square of an explanation over noisy copies: :math:`\frac1n\sum_i A(x + \sigma\epsilon_i)^2`.
+
+    Reads, writes and arguments as :class:`SmoothGrad`.
+
+    Source: Hooker et al., *A benchmark for interpretability methods in deep neural networks*, 2019 (section 3).
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient, Target
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> td = SmoothGradSquared(Gradient(net, Target("y", 0)))(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
+        >>> torch.allclose(td["attribution", "x"], net.module.weight[0].square().expand(3, 4))
+        True
+    """
+
+    def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
+        return moments.mean(key).square() + moments.variance(key)
+
+
+def NoiseTunnel(  # noqa: N802 (a constructor, under Captum's name)
+    explainer: TensorDictModuleBase,
+    kind: Literal["smoothgrad", "smoothgrad_sq", "vargrad"] = "smoothgrad",
+    n_iter: int = 20,
+    noise_level: float = 0.1,
+    **options: Any,
+) -> SmoothGrad:
+    """An explainer under noise, by Captum's name: :class:`SmoothGrad`, :class:`SmoothGradSquared`, :class:`VarGrad`.
+
+    Captum's noise is absolute: its ``stdevs=1.0`` is ``noise_level=1.0, relative=False``.
+
+    Args:
+        explainer: any module that writes attributions.
+        kind: the mean, the mean square, or the variance.
+        n_iter, noise_level: see :class:`SmoothGrad`.
+        options: the other arguments of :class:`SmoothGrad`.
+
+    Raises:
+        BadValue: for another kind.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient, Target
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> type(NoiseTunnel(Gradient(net, Target("y", 0)), "vargrad")).__name__
+        'VarGrad'
+    """
+    kinds = {"smoothgrad": SmoothGrad, "smoothgrad_sq": SmoothGradSquared, "vargrad": VarGrad}
+    if kind not in kinds:
+        raise BadValue("no such kind of noise tunnel", got=repr(kind), needed=f"one of {list(kinds)}")
+    return kinds[kind](explainer, noise_level, n_iter, **options)
 
 
 def _is_level(noise_level: object) -> bool:

@@ -101,7 +101,7 @@ class IntegratedGradients(TensorDictModuleBase):
         (torch.Size([3, 4]), True)
     """
 
-    tunables = (Tunable("n_steps", 10, 100, 10), Tunable("method", choices=_METHODS))
+    tunables: tuple[Tunable, ...] = (Tunable("n_steps", 10, 100, 10), Tunable("method", choices=_METHODS))
 
     def __init__(
         self,
@@ -221,8 +221,20 @@ class IntegratedGradients(TensorDictModuleBase):
         given = None if isinstance(self.baseline, float) else self._given_baseline(td, w)
         if given is not None:
             return ends, {w: _fit(given, ends[w], _name(w))}
-        base = td.select(*path.in_keys, strict=False)
-        unmoved = []
+        base, unmoved = self._at_baseline(td, path)
+        starts = path.evaluate(base, create_graph=self._explaining.create_graph)[1]
+        if unmoved and not torch.compiler.is_compiling() and ends[w].numel() and torch.equal(starts[w], ends[w]):
+            raise BadValue(
+                f"{key_text(_name(w))} has one value along the whole path",
+                got=f"integer inputs {unmoved}, which stay as they are",
+                needed="a baseline",
+                fix=f"td[{join(BASELINE, _name(w))}], its value there, or td[{join(BASELINE, unmoved[0])}]",
+            )
+        return ends, dict(starts)
+
+    def _at_baseline(self, td: TensorDictBase, path: Pullback) -> tuple[TensorDictBase, list[NestedKey]]:
+        """What ``path`` reads, with the inputs at their baseline; and the integer inputs that stay as they are."""
+        base, unmoved = td.select(*path.in_keys, strict=False), []
         for key in self.module.in_keys:
             value = base.get(key)
             if not isinstance(value, Tensor):
@@ -234,15 +246,7 @@ class IntegratedGradients(TensorDictModuleBase):
                 base.set(key, _fit(given, value, key))
             else:
                 unmoved.append(key)
-        starts = path.evaluate(base, create_graph=self._explaining.create_graph)[1]
-        if unmoved and not torch.compiler.is_compiling() and ends[w].numel() and torch.equal(starts[w], ends[w]):
-            raise BadValue(
-                f"{key_text(_name(w))} has one value along the whole path",
-                got=f"integer inputs {unmoved}, which stay as they are",
-                needed="a baseline",
-                fix=f"td[{join(BASELINE, _name(w))}], its value there, or td[{join(BASELINE, unmoved[0])}]",
-            )
-        return ends, dict(starts)
+        return base, unmoved
 
     def _baseline(self, td: TensorDictBase, w: Wrt, end: Tensor) -> Tensor | None:
         if isinstance(self.baseline, float):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -59,15 +57,3 @@ class Source:
         chances = weights.to(self.device, torch.float64).cumsum(0)
         drawn = self.uniform(n).double() * chances[-1]
         return torch.searchsorted(chances, drawn, right=True).clamp(max=len(weights) - 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.generator is None:
-            return {"generator": None}
-        return {"generator": (str(self.generator.device), self.generator.get_state())}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.generator = None
-        if state["generator"] is not None:
-            device, values = state["generator"]
-            self.generator = torch.Generator(device)
-            self.generator.set_state(values)

@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts import Gradient, InputXGradient, IntegratedGradients, Saliency, Site, SmoothGrad, Target, VarGrad
+from tdconcepts.attribution import NoiseTunnel
 from tdconcepts.errors import BadKey, BadType, BadValue
 
 
@@ -385,3 +386,18 @@ def test_tokens_alone_get_no_noise():
     explain = SmoothGrad(Gradient(model, Target("logits", 0), Site("0")))
     with pytest.raises(BadType, match="a stage of its own"):
         explain(TensorDict(tokens=torch.randint(0, 7, (5, 4)), batch_size=[5]))
+
+
+def test_noise_tunnels_are_the_three_kinds(net, batch):
+    """Against Captum's formulas on the same draws: the mean, the mean square, the variance."""
+    td = batch(3).set(("noise", "x"), torch.randn(3, 6, 4, dtype=torch.float64))
+    explain = Gradient(net, Target("logits", 1))
+    options = {"n_iter": 6, "noise_level": 0.5, "relative": False, "noise": "noise"}
+    each = torch.stack(
+        [explain(td.copy().set("x", td["x"] + 0.5 * td["noise", "x"][:, i]))["attribution", "x"] for i in range(6)]
+    )
+    slow = {"smoothgrad": each.mean(0), "smoothgrad_sq": each.square().mean(0), "vargrad": each.var(0, correction=0)}
+    for kind, expected in slow.items():
+        torch.testing.assert_close(NoiseTunnel(explain, kind, **options)(td.copy())["attribution", "x"], expected)
+    with pytest.raises(BadValue, match="kind of noise tunnel"):
+        NoiseTunnel(explain, "smooth")
