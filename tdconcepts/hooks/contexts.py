@@ -14,7 +14,7 @@ from tdconcepts.errors import BadValue, TdConceptsError
 from tdconcepts.hooks.plans import Plan, Run
 from tdconcepts.hooks.stages import is_watched
 
-__all__ = ["enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
+__all__ = ["active", "enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
 
 
 _NUMBERS = itertools.count(-1, -1)  # torch numbers its own hooks from 0 up, so no hook has a tap's number
@@ -199,6 +199,11 @@ def leave(owner: object) -> Run:
     _ACTIVE.runs = tuple([other for other in _ACTIVE.runs if other is not run])
     remove(run.plan)
     return run
+
+
+def active() -> tuple[Run, ...]:
+    """The runs of this thread, outer ones first."""
+    return _ACTIVE.runs
 
 
 def acted_on(modules: list[Any]) -> bool:
