@@ -75,9 +75,9 @@ def cartpole_env(num_envs: int = ENVS, seed: int | None = None) -> Any:
 def cartpole_policy(width: int = 64) -> ProbabilisticTensorDictSequential:
     """An untrained policy in readable stages: ``observation -> hidden -> concept -> logits -> action``.
 
-    ``observation`` [*B, 4] (cart position m, cart velocity m/s, pole angle rad, angular velocity rad/s), ``hidden`` and
-    ``concept`` [*B, width] (linear and tanh), ``logits`` [*B, 2] (push left, push right), ``action`` [*B] (the mode
-    unless the interaction type says otherwise) and ``action_log_prob`` [*B].
+    ``observation`` ``[*B, 4]`` (cart position m, cart velocity m/s, pole angle rad, angular velocity rad/s),
+    ``hidden`` and ``concept`` ``[*B, width]`` (linear and tanh), ``logits`` ``[*B, 2]`` (push left, push right),
+    ``action`` ``[*B]`` (the mode unless the interaction type says otherwise) and ``action_log_prob`` ``[*B]``.
 
     Examples:
         >>> policy = cartpole_policy(width=8)
