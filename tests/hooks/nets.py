@@ -1,4 +1,6 @@
-"""The small models of the hook tests, and what it means that a model is as it was."""
+"""The small models of the hook tests, what it means that a model is as it was, and gradients one by one."""
+
+import itertools
 
 import torch
 from tensordict import TensorDict
@@ -86,3 +88,15 @@ def hook_count(model):
 def entries(td):
     """The entries of a TensorDict with their values and identities, to compare before and after."""
     return {key: (id(td.get(key)), td.get(key)._version, td.get(key).tolist()) for key in td.keys(True, True)}
+
+
+def slow(function, point, lead):
+    """Each target of each row by an autograd call of its own: ``[*B, ...]``, or ``[*B, T, ...]``."""
+    point = point.detach().clone().requires_grad_()
+    values = function(point)
+    found = torch.zeros(*values.shape, *point.shape[lead:])
+    for where in itertools.product(*map(range, values.shape)):
+        gradient = torch.autograd.grad(values[where], point, retain_graph=True, allow_unused=True)[0]
+        if gradient is not None:
+            found[where] = gradient[where[:lead]]
+    return found
