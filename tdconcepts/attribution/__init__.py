@@ -1,7 +1,16 @@
 """Explain by gradients."""
 
+from tdconcepts.attribution.cam import GradCAM
 from tdconcepts.attribution.conductance import Conductance, InternalInfluence, NeuronConductance
+from tdconcepts.attribution.expected import ExpectedGradients
 from tdconcepts.attribution.gradient import Gradient, InputXGradient, Saliency
+from tdconcepts.attribution.layers import (
+    LayerActivation,
+    LayerConductance,
+    LayerGradCam,
+    LayerIntegratedGradients,
+    NeuronIntegratedGradients,
+)
 from tdconcepts.attribution.neuron import NeuronGradient
 from tdconcepts.attribution.noise import NoiseTunnel, SmoothGrad, SmoothGradSquared, VarGrad
 from tdconcepts.attribution.paths import IntegratedGradients
@@ -10,12 +19,19 @@ from tdconcepts.attribution.wrappers import Absolute, Normalised, Summed, TimesI
 __all__ = [
     "Absolute",
     "Conductance",
+    "ExpectedGradients",
+    "GradCAM",
     "Gradient",
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
+    "LayerActivation",
+    "LayerConductance",
+    "LayerGradCam",
+    "LayerIntegratedGradients",
     "NeuronConductance",
     "NeuronGradient",
+    "NeuronIntegratedGradients",
     "NoiseTunnel",
     "Normalised",
     "Saliency",

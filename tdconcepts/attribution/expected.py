@@ -1,0 +1,149 @@
+"""Expected gradients: integrated gradients, averaged over the rows of a data set as baselines."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks import Options, Target, dispatch_rows
+from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.drawing import Source
+from tdconcepts.hooks.explaining import Explaining
+from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.keys import NestedKey, key_text
+from tdconcepts.tunables import Tunable
+
+__all__ = ["ExpectedGradients"]
+
+
+class ExpectedGradients(TensorDictModuleBase):
+    r"""The mean of :math:`(w - w_0)\, \partial y(w_0 + u (w - w_0)) / \partial w` over baselines :math:`w_0` and
+    :math:`u \sim U(0, 1)`.
+
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    Each draw takes one row of ``baselines`` for all entries together, so that what belongs together stays together, and
+    one :math:`u`. All rows share the draws, so a row gets what it gets alone. ``"argmax"`` is chosen once, at the
+    input. With several targets one more dim of size T follows the batch.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries that the module reads, one or a list; default: all.
+        baselines: rows of a data set: a TensorDict of batch size [M] with these entries.
+        n_samples: the number of draws.
+        generator: where they come from: the same state, the same answer, whatever the chunks. Default: torch's own.
+        options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadType: baselines that are no TensorDict. BadKey: an entry that they lack. BadValue: another shape, no rows, no
+        samples, or a ``wrt`` inside the module.
+
+    Source: Erion et al., *Improving performance of deep learning models with axiomatic attribution priors and expected
+    gradients*, 2021 (equation 4); GradientSHAP in Lundberg's ``shap``.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> rows = TensorDict(x=torch.zeros(1, 4), batch_size=[1])
+        >>> td = ExpectedGradients(net, Target("y", 0), baselines=rows)(TensorDict(x=torch.ones(3, 4), batch_size=[3]))
+        >>> torch.allclose(td["attribution", "x"], net.module.weight[0].expand(3, 4))
+        True
+    """
+
+    tunables = (Tunable("n_samples", 10, 200, 10),)
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        target: Target,
+        wrt: NestedKey | list[NestedKey] | None = None,
+        *,
+        baselines: TensorDictBase,
+        n_samples: int = 50,
+        generator: torch.Generator | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__()
+        given: list[Wrt] | Wrt | None = list(wrt) if isinstance(wrt, list) else wrt
+        self._explaining = this = Explaining(module, target, given, options)
+        if this.pullback.is_inner:
+            got, needed = f"wrt={wrt!r}", "entries that the module reads"
+            fix = 'IntegratedGradients(..., wrt=Site(...)), with a baseline under ("baseline", site)'
+            raise BadValue("the baselines are rows of inputs", got=got, needed=needed, fix=fix)
+        if not isinstance(baselines, TensorDictBase):
+            fix = "TensorDict(observation=rows, batch_size=[len(rows)])"
+            raise BadType("not rows of baselines", got=type(baselines).__name__, needed="a TensorDict", fix=fix)
+        if baselines.batch_dims != 1 or not baselines.batch_size.numel():
+            got = f"batch size {list(baselines.batch_size)}"
+            raise BadValue("not rows of baselines", got=got, needed="batch size [M], M >= 1")
+        for key in this.pullback.names:
+            if baselines.get(key) is None:
+                got = f"entries {list(baselines.keys(True, True))}"
+                raise BadKey(f"no entry {key_text(key)} in the baselines", got=got)
+        if type(n_samples) is not int or n_samples < 1:
+            raise BadValue("not a number of samples", got=f"n_samples={n_samples!r}", needed="an int >= 1")
+        self.module, self.n_samples, self._source = module, n_samples, Source(generator)
+        self.baselines = baselines.select(*this.pullback.names)
+        self.in_keys, self.out_keys = this.in_keys, this.out_keys
+
+    @dispatch_rows
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict``."""
+        rows = self._source.choices(torch.ones(len(self.baselines)), self.n_samples)
+        places = self._source.uniform(self.n_samples)
+        return self._explaining.run(tensordict, lambda td, held: self._attribute(td, held, rows, places))
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here."""
+        return self._explaining.pullback.hold(tensordict)
+
+    def _attribute(
+        self, td: TensorDictBase, held: Tensor | None, rows: Tensor, places: Tensor
+    ) -> dict[NestedKey, Tensor]:
+        this, lead, batch = self._explaining, td.batch_dims, td.batch_size
+        pullback = this.pullback
+        td, outputs = this.ran(td)
+        held = self.hold(td) if held is None else held
+        pullback.check_inputs(td, {})
+        ends = {w: td.get(w) for w in pullback.wrt}
+        starts = {w: self._rows(w, end, lead) for w, end in ends.items()}
+        others = [key for key in pullback.reads(td) if key not in pullback.wrt]
+        totals: dict[Wrt, Tensor] = {}
+        for group in groups(self.n_samples, rows_of(td, this.chunk_size, pullback.in_keys), td.numel()):
+            n, some = len(group), slice(group.start, group.stop)
+            steps, points = {}, {}
+            for w, end in ends.items():
+                start = starts[w][rows[some].to(end.device)]
+                start = start.reshape(n, *[1] * lead, *start.shape[1:])
+                steps[w] = end - start
+                at = places[some].to(end.device, end.dtype)
+                points[w] = spread(start + at.view(-1, *[1] * end.ndim) * steps[w], n, batch)
+            kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
+            many = expand(td, n, others)
+            pulled = pullback(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
+            several = pulled.values.ndim > many.batch_dims
+            for w, gradient in zip(pullback.wrt, pulled.gradients, strict=True):
+                step = steps[w].unsqueeze(1 + lead) if several else steps[w]
+                each = gather(gradient, n, batch) * step
+                part = each.to(torch.promote_types(each.dtype, torch.float32)).sum(0)
+                totals[w] = part if w not in totals else totals[w] + part
+        found = {w: (total / self.n_samples).to(ends[w].dtype) for w, total in totals.items()}
+        keys = dict(zip(pullback.wrt, this.attribution_keys, strict=True))
+        return {keys[w]: a if this.create_graph else a.detach() for w, a in found.items()} | outputs
+
+    def _rows(self, w: Wrt, end: Tensor, lead: int) -> Tensor:
+        rows = self.baselines.get(w)
+        if rows.shape[1:] != end.shape[lead:]:
+            got, needed = f"{list(rows.shape)}", f"[{len(rows)}, *{list(end.shape[lead:])}]"
+            raise BadValue(f"the baselines of {key_text(w)} have another shape", got=got, needed=needed)
+        return rows.to(device=end.device, dtype=end.dtype)
