@@ -32,8 +32,8 @@ class Site:
 
     Args:
         path: the module's path as ``model.named_modules()`` has it, without the ``module.`` layers that TensorDict
-            wrappers add (with them it works too). ``*`` stands for one part of a path, ``**`` for any number of parts,
-            ``"."`` for the model itself.
+            wrappers add (with them it works too). ``*`` stands for one part of a path, ``**`` for any number of parts
+            (of modules that can be called: not of a ``ModuleList``), ``"."`` for the model itself.
         side: ``"output"`` (default) or ``"input"``.
         index: which part, as one would index *one row* of the activation (after the batch dims): an int, a slice,
             ``...``, a list of ints, or a tuple of these. Default: all of it.
@@ -196,9 +196,14 @@ def _matching(paths: Mapping[str, nn.Module], path: str) -> list[str]:
     pattern = re.compile(glob)
     found: dict[nn.Module, str] = {}
     for name, module in paths.items():
-        if name != _ROOT and pattern.fullmatch(name):
+        if name != _ROOT and pattern.fullmatch(name) and _has_forward(module):
             found.setdefault(module, name)  # a module with two names is one place
     return list(found.values())
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether ``module`` can be called at all: a ModuleList can't, so a glob does not mean it."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def _walk(module: nn.Module, path: str, full: bool, found: dict[str, nn.Module], above: tuple[nn.Module, ...]) -> None:

@@ -172,8 +172,9 @@ def names_of(model, path):
         ("stem", ["stem"]),
         ("blocks.1.attn", ["blocks.1.attn"]),
         ("blocks.*.attn", ["blocks.0.attn", "blocks.1.attn"]),
+        ("blocks", ["blocks"]),
         ("blocks.*", ["blocks.0", "blocks.1"]),
-        ("*", ["stem", "blocks", "head"]),
+        ("*", ["stem", "head"]),
         ("**.1", ["blocks.0.mlp.1", "blocks.1", "blocks.1.mlp.1"]),
         ("**.mlp.0", ["blocks.0.mlp.0", "blocks.1.mlp.0"]),
         ("blocks.1.**", ["blocks.1.attn", "blocks.1.mlp", "blocks.1.mlp.0", "blocks.1.mlp.1"]),
@@ -200,6 +201,16 @@ def test_the_options_of_a_glob_hold_for_each():
     found = places(deep(), Site("blocks.*", "input", index=2, call="all", leaf=0))
     assert [place.name for place in found] == [f"blocks.{i}:in.0[2]@all" for i in (0, 1)]
     assert {(p.side, p.part, p.call, p.leaf) for p in found} == {("input", (2,), "all", 0)}
+
+
+def test_every_module_of_a_model_can_be_captured():
+    """What can't be called, a ModuleList for instance, is not meant; its own name is an error that says so."""
+    net = deep()
+    td = capture(net, "**")(batch())
+    inside = [f"blocks.{i}{part}" for i in (0, 1) for part in ("", ".attn", ".mlp", ".mlp.0", ".mlp.1")]
+    assert set(td["activation"].keys()) == {"stem", "head", *inside}
+    with pytest.raises(BadValue, match="the site 'blocks' never ran"):
+        capture(net, "blocks")(batch())
 
 
 def test_a_path_that_matches_nothing_names_the_nearest():
