@@ -34,7 +34,15 @@ from tdconcepts.attribution import (
     TimesInput,
 )
 from tdconcepts.concepts import ConceptActivation, ConceptBottleneck, ConceptSpec, MemorySelector
-from tdconcepts.experiments import Sweep, each, every, product
+from tdconcepts.experiments import (
+    Sweep,
+    ablation_effects,
+    activation_patching,
+    attribution_patching,
+    each,
+    every,
+    product,
+)
 from tdconcepts.interventions import (
     Do,
     GradientPolicy,
@@ -123,6 +131,8 @@ class World:
                 self("observation", group="baseline"): torch.randn(N, 4).to(dtype),
                 self("hidden", group="baseline"): torch.randn(N, 5).to(dtype),
                 self("observation", group="noise"): torch.randn(N, DRAWS, 4).to(dtype),
+                self("observation", group="clean"): torch.randn(N, 4).to(dtype),
+                self("observation", group="corrupt"): torch.randn(N, 4).to(dtype),
             }
 
     def __call__(self, name: str, group: str | None = None) -> Any:
@@ -476,6 +486,23 @@ EXPERIMENTS = [
             + each(w("observation"), [tdc.Scale(0.5), tdc.Add(1.0)]),
             **w.chunk,
         ),
+        compiled=PLANNED,
+    ),
+    explainer(
+        "activation_patching",
+        lambda w: activation_patching(
+            w.model, [Site("0.0"), w("hidden")], Target(w("logits"), 1), split=every, direction="noise", **w.chunk
+        ),
+        compiled=PLANNED,
+    ),
+    row(
+        "attribution_patching",
+        lambda w: attribution_patching(w.model, [Site("0.0"), w("hidden")], argmax(w), n_steps=2),
+        compiled=PLANNED,
+    ),
+    explainer(
+        "ablation_effects",
+        lambda w: ablation_effects(w.model, Site("1.*"), Target(w("logits"), by=w("action")), **w.chunk),
         compiled=PLANNED,
     ),
 ]

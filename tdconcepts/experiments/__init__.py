@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from tdconcepts.experiments.effects import ablation_effects, attribution_patching
+from tdconcepts.experiments.patching import activation_patching, causal_trace
 from tdconcepts.experiments.sweep import Sweep, SweepPlan
-from tdconcepts.experiments.table import Experiments, each, every, grid, product
+from tdconcepts.experiments.table import Experiments, each, every, grid, product, together
 
-__all__ = ["Experiments", "Sweep", "SweepPlan", "each", "every", "grid", "product"]
+__all__ = [
+    "Experiments",
+    "Sweep",
+    "SweepPlan",
+    "ablation_effects",
+    "activation_patching",
+    "attribution_patching",
+    "causal_trace",
+    "each",
+    "every",
+    "grid",
+    "product",
+    "together",
+]

@@ -16,7 +16,7 @@ from tdconcepts.hooks.edits import Edit
 from tdconcepts.hooks.programs import EditLike
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["Experiments", "Shapes", "Table", "each", "every", "grid", "product"]
+__all__ = ["Experiments", "Shapes", "Table", "each", "every", "grid", "product", "together"]
 
 Where: TypeAlias = NestedKey | Site
 Shapes: TypeAlias = Callable[[Where], list[tuple[Where, torch.Size]]]
@@ -154,6 +154,20 @@ def product(*experiments: Experiments) -> Experiments:
     return _Product(tuple(map(check_experiments, experiments)))
 
 
+def together(*experiments: Experiments) -> Experiments:
+    """The first of each at the same time, then the second of each, and so on: as many as one of them has.
+
+    Examples:
+        >>> from tdconcepts.hooks import Ablate
+        >>> shapes = lambda where: [(where, torch.Size([2]))]
+        >>> together(every("a", Ablate()), every("b", Ablate())).resolve(shapes).names
+        ("'a'[0] & 'b'[0]", "'a'[1] & 'b'[1]")
+    """
+    if not experiments:
+        raise BadValue("nothing to do together", needed="one description of experiments or more")
+    return _Together(tuple(map(check_experiments, experiments)))
+
+
 def check_experiments(given: object) -> Experiments:
     """``given`` if it describes experiments, else an error with the line to write."""
     if isinstance(given, Experiments):
@@ -277,6 +291,20 @@ class _Product(_Sum):
             names = [f"{one} & {other}".removeprefix(" & ") for one in names for other in table.names]
             n *= table.n
         return Table(n, tuple(moves), tuple(names))
+
+
+class _Together(_Sum):
+    def __repr__(self) -> str:
+        return f"together({', '.join(map(repr, self.parts))})"
+
+    def resolve(self, shapes: Shapes) -> Table:
+        tables = [part.resolve(shapes) for part in self.parts]
+        if len({table.n for table in tables}) > 1:
+            raise BadValue(
+                "experiments together are as many of each", got=f"{[table.n for table in tables]}", needed="one number"
+            )
+        names = [" & ".join(several) for several in zip(*[table.names for table in tables], strict=True)]
+        return Table(tables[0].n, tuple(move for table in tables for move in table.moves), tuple(names))
 
 
 def _repeated(move: Plain, members: Tensor) -> Plain:
