@@ -101,9 +101,9 @@ class Hooked(TensorDictModuleBase):
                 bound.edit_inputs(work)
         if self._pull is not None:
             return self._pulled(self._pull, work, tensordict)
-        run = Run(self._plan, work, owner=self)
+        run, made = Run(self._plan, work, owner=self), work
         try:
-            run_under(run, self.module, work)
+            made = run_under(run, self.module, work)  # a module may give a new TensorDict
         except Stop:
             pass
         except Exception as error:
@@ -115,8 +115,8 @@ class Hooked(TensorDictModuleBase):
         for bound in self._bound:
             if bound.finish is not None:
                 bound.finish(run, tensordict)
-        if self._apart and not self._stops:
-            _copy_entries(work, tensordict, self.module.out_keys)
+        if made is not tensordict and not self._stops:
+            _copy_entries(made, tensordict, self.module.out_keys)
         return tensordict
 
     def _pulled(self, pull: Pullback, work: TensorDictBase, tensordict: TensorDictBase) -> TensorDictBase:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hooks.nets import batch, entries, hook_count, mlp, pipeline, snapshot
+from hooks.nets import batch, entries, hook_count, linear, mlp, pipeline, snapshot
 from tensordict import TensorClass, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import nn
@@ -100,6 +100,40 @@ def test_direct_calls_write_no_captures():
         td = net(batch())
     assert set(td.keys()) == {"x", "y"}
     assert td["y"].requires_grad
+
+
+class GivesANewOne(TensorDictModuleBase):
+    """A module of somebody else's that does not write into what it is given."""
+
+    in_keys, out_keys = ["x"], ["y"]
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear(4, 2, 0)
+
+    def forward(self, tensordict):
+        return TensorDict(y=self.layer(tensordict["x"]), batch_size=tensordict.batch_size)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        GivesANewOne,
+        lambda: TensorDictModule(linear(4, 2, 0), ["x"], ["y"], inplace=False),
+        lambda: TensorDictModule(linear(4, 2, 0), ["x"], ["y"], inplace="empty"),
+        lambda: TensorDictSequential(TensorDictModule(linear(4, 2, 0), ["x"], ["y"]), inplace=False),
+    ],
+)
+@pytest.mark.parametrize("gradients", [None, Target("y", 0)])
+def test_modules_that_give_a_new_tensordict(make, gradients):
+    net, td = make(), batch()
+    y = linear(4, 2, 0)(td["x"])
+    m = (Patch({Site(".", leaf="y"): Scale(2.0)}) + Capture(Site(".", leaf="y"), gradients=gradients)).on(net)
+    assert m(td) is td
+    assert td["y"].equal(2 * y)
+    assert td["activation", ".:out.y"].equal(2 * y)
+    assert set(td.keys(True, True)) == {"x", *m.out_keys}
+    assert patch(net, {"x": Replace(0.0)})(td)["y"].equal(linear(4, 2, 0).bias.expand(5, 2))
 
 
 def test_programs_on_a_module_of_a_context():
