@@ -49,6 +49,18 @@ def test_sampled_values_come_near_the_exact_ones(image_net, images):
     assert (found["attribution", "image"] - exact).abs().max() < 0.2 * exact.abs().max()
 
 
+def test_sizes_are_drawn_in_proportion_to_the_kernel(net):
+    """p(k) ~ (G - 1) / (k (G - k)), and each subset of a size is as likely as any other."""
+    kept = KernelShap(net, Target("logits", 0), n_samples=20000, generator=seeded())._design(30).kept[2:]
+    sizes = torch.arange(1, 30, dtype=torch.float64)
+    expected = 1 / (sizes * (30 - sizes))
+    expected = 20000 * expected / expected.sum()
+    found = kept.sum(-1).bincount(minlength=31)[1:30]
+    assert ((found - expected).abs() < 5 * expected.sqrt()).all()
+    each = kept.sum(0).double()
+    assert (each - 10000).abs().max() < 400
+
+
 def test_kernel_shap_of_captum_on_a_game_that_is_linear(net, batch):
     """Any subsets will do there; Captum's ends have weight 1e6."""
     linear = torch.nn.Linear(4, 3)
