@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tdconcepts.errors import BadKey, BadValue, nearest
 from tdconcepts.experiments.moves import Unfit
@@ -125,6 +124,7 @@ class Sweep(TensorDictModuleBase):
         check_writable(self.out_keys, self.in_keys)
         self._decided: dict[Any, _Decision] = {}
         self._tree = tuple(model.modules())  # to look at their modes at each call
+        self._norms = [module for module in self._tree if isinstance(module, nn.modules.batchnorm._NormBase)]
 
     @dispatch_rows
     @set_skip_existing(None)
@@ -151,6 +151,8 @@ class Sweep(TensorDictModuleBase):
         with torch.no_grad():
             work = self._work(tensordict)
             decision, _ = self._decide(work)
+            from torch.utils.flop_counter import FlopCounterMode  # importing it makes loggers
+
             with FlopCounterMode(display=False) as counter:
                 self._run(work, decision)
             spent, ideal = counter.get_total_flops(), self._ideal(work, decision.table)
@@ -158,8 +160,8 @@ class Sweep(TensorDictModuleBase):
         return SweepPlan(decision.name, decision.table.n, len(chunks), ideal / max(1, spent), dict(decision.why_not))
 
     def _work(self, td: TensorDictBase) -> TensorDictBase:
-        for module in self._tree:
-            if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
+        for module in self._norms:
+            if module.training:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats:
                     raise BadValue(
                         "experiments would change each other through the statistics of a batch",
