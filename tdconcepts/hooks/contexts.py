@@ -11,10 +11,11 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue, TdConceptsError
+from tdconcepts.hooks.functions import Functions, push, withdraw
 from tdconcepts.hooks.plans import Plan, Run
 from tdconcepts.hooks.stages import is_watched
 
-__all__ = ["active", "enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
+__all__ = ["enter", "hold", "install", "leave", "outside", "release", "remove", "run_under"]
 
 
 _NUMBERS = itertools.count(-1, -1)  # torch numbers its own hooks from 0 up, so no hook has a tap's number
@@ -46,7 +47,7 @@ class _OutputTap(_Tap):
         for run in _ACTIVE.runs if self.token else ():  # read, so that torch.compile guards which module's tap this is
             steps = run.plan.outputs.get(module)
             if steps is not None:
-                output = run.fire(steps, output)
+                output = run.fire(steps, output, (args, given[0]))
             if run.standing and module is run.plan.root:
                 run.end()
         return output
@@ -142,7 +143,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         BadValue: where taps would have to be installed while ``torch.compile`` traces.
     """
-    if is_compiling() and len(run.plan.steps) == 0 and len(run.plan.only_through) == 0:
+    if is_compiling() and not (run.plan.steps or run.plan.only_through or run.plan.around):
         return function(*args)
     before = _ACTIVE.runs
     owner = run.owner
@@ -167,6 +168,9 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
             callers = [other for other in others if not other.standing]
             others = [*[other for other in others if other.standing], run, *callers]
         _ACTIVE.runs = tuple(others)
+        if run.plan.around and not entered:
+            with Functions(run.plan, _ACTIVE):
+                return function(*args)
         return function(*args)
     except Exception as error:
         ours = None if isinstance(error, TdConceptsError) else _ours(error)
@@ -189,6 +193,8 @@ def enter(run: Run) -> None:
         )
     install(run.plan)
     _ACTIVE.runs = (*_ACTIVE.runs, run)
+    if run.plan.around:
+        push(Functions(run.plan, _ACTIVE))
 
 
 def leave(owner: object) -> Run:
@@ -198,6 +204,8 @@ def leave(owner: object) -> Run:
         raise BadValue("this context is not entered on this thread", needed="an exit on the thread of the entry")
     _ACTIVE.runs = tuple([other for other in _ACTIVE.runs if other is not run])
     remove(run.plan)
+    if run.plan.around:
+        withdraw(run.plan)
     return run
 
 

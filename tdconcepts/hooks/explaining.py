@@ -49,6 +49,7 @@ class Explaining:
         wrt: entries and sites, one or a list; default: all entries that the module reads.
         options: see :class:`Options`.
         extra: further keys that the explainer writes.
+        rules: changed backward passes to explain by; whoever gives them checks the options.
     """
 
     def __init__(
@@ -58,13 +59,15 @@ class Explaining:
         wrt: Wrt | list[Wrt] | None,
         options: Mapping[str, Any],
         extra: Callable[[Explaining], list[NestedKey]] | None = None,
+        rules: Any = None,
     ) -> None:
-        check_options(options, Options.__annotations__)
+        if rules is None:
+            check_options(options, Options.__annotations__)
         self.chunk_size = check_chunk_size(options.get("chunk_size"))
         self.outputs = bool(options.get("outputs", False))
         self.create_graph = bool(options.get("create_graph", False))
         self.out_key = as_key(options.get("out_key", ATTRIBUTION))
-        self.pullback = Pullback(module, target, wrt, whole=self.outputs)
+        self.pullback = Pullback(module, target, wrt, whole=self.outputs, rules=rules)
         self.in_keys = self.pullback.in_keys
         self.attribution_keys: list[NestedKey] = [as_key(join(self.out_key, name)) for name in self.pullback.names]
         self.out_keys = [

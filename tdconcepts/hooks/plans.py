@@ -26,12 +26,15 @@ class Step(NamedTuple):
     """What happens when a place is reached: ``act(value, run)`` returns the value to go on with.
 
     ``every``: called at each call of the module (an edit), else a second call raises (a reading), unless the place says
-    which call it means.
+    which call it means. ``whole``: ``act(tree, run, given)`` changes everything that the module is given or writes, and
+    ``given`` is what it was given; such a module need not run. An ``act`` with a method ``operate(run, function, args,
+    kwargs)`` is called for every torch function that runs under the plan too.
     """
 
     place: Place
-    act: Callable[[Tensor, Run], Tensor]
+    act: Callable[..., Any]
     every: bool = False
+    whole: bool = False
 
 
 class Bound(NamedTuple):
@@ -64,7 +67,10 @@ class Plan:
     """
 
     def __init__(self, root: nn.Module, steps: Iterable[Step], only_through: tuple[str, ...] = ()) -> None:
-        self.root, self.steps, self.only_through = root, tuple(steps), only_through
+        steps = tuple(steps)
+        self.root, self.only_through = root, only_through
+        self.around = tuple(step.act for step in steps if hasattr(step.act, "operate"))  # these need no tap
+        self.steps = tuple(step for step in steps if not hasattr(step.act, "operate"))
         self.outputs: dict[nn.Module, tuple[Step, ...]] = {}
         self.inputs: dict[nn.Module, tuple[Step, ...]] = {}
         for step in self.steps:
@@ -80,7 +86,7 @@ class Plan:
     def modules(self) -> Iterator[tuple[nn.Module, str]]:
         yield from ((module, "output") for module in self.outputs)
         yield from ((module, "input") for module in self.inputs if module is not self.root)
-        if self.steps or self.only_through:
+        if self.steps or self.only_through or self.around:
             yield self.root, "input"  # where a standing run learns that the model is called anew,
             if self.root not in self.outputs:
                 yield self.root, "output"  # and that the call has ended
@@ -112,7 +118,7 @@ class Run:
     them.
     """
 
-    __slots__ = ("active", "calls", "owner", "plan", "reached", "standing", "store", "td")
+    __slots__ = ("active", "calls", "inside", "owner", "plan", "reached", "standing", "store", "td")
 
     def __init__(
         self, plan: Plan, td: TensorDictBase | None = None, owner: object = None, standing: bool = False
@@ -122,6 +128,7 @@ class Run:
         self.calls: dict[str, int] = {}
         self.reached: set[str] = set()
         self.active = not standing
+        self.inside = 0  # modules with a rule that are running now
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start counting anew: the model is called once more."""
@@ -132,6 +139,8 @@ class Run:
         self.active = True
         self.reached.add(_BEGUN)
         self.calls.clear()
+        self.inside = 0
+        self.store.pop("first layer", None)
 
     def end(self) -> None:
         """Forget the call that has ended."""
@@ -145,7 +154,7 @@ class Run:
         other.reached, other.active = self.reached, True
         return other
 
-    def fire(self, steps: tuple[Step, ...], tree: Any) -> Any:
+    def fire(self, steps: tuple[Step, ...], tree: Any, given: Any = None) -> Any:
         """Take ``steps`` at the output, or the inputs, of a module that has just been reached."""
         group = steps[0].place.name
         count = self.calls.get(group, 0)
@@ -157,6 +166,9 @@ class Run:
                 self.td = flowing
         for step in steps:
             place = step.place
+            if step.whole:
+                tree = step.act(tree, self, given)
+                continue
             if self.standing and not step.every:
                 continue  # what is read is read by calls of the context's own module
             if isinstance(place.call, int):
@@ -189,6 +201,8 @@ class Run:
             for steps in table.values():
                 count = self.calls.get(steps[0].place.name, 0)
                 for step in steps:
+                    if step.whole:
+                        continue
                     wanted = step.place.call if isinstance(step.place.call, int) else 0
                     if count <= wanted or count < -wanted:
                         raise _never_ran(step.place, count)
@@ -197,7 +211,7 @@ class Run:
         """As :meth:`check_reached`, over all the direct calls of a standing run."""
         for table in (self.plan.outputs, self.plan.inputs):
             for steps in table.values():
-                edits = any(step.every for step in steps)
+                edits = any(step.every and not step.whole for step in steps)
                 if edits and _BEGUN in self.reached and steps[0].place.name not in self.reached:
                     raise _never_ran(steps[0].place, 0)
 

@@ -55,6 +55,7 @@ class Pullback:
         wrt: entries (read by the module, or written between its stages) and sites, one or a list; default: all entries
             that the module reads.
         program: steps to take besides (in their order, those that watch ``wrt`` among them), and how they finish.
+        rules: a program of changed backward passes to pull back through.
         whole: run the whole module, because its outputs are wanted too; then ``by=`` takes what it has just written.
 
     Raises:
@@ -77,6 +78,7 @@ class Pullback:
         *,
         whole: bool = False,
         program: Bound | None = None,
+        rules: Any = None,
     ) -> None:
         self.module = check_module(module)
         if not isinstance(target, Target):
@@ -89,6 +91,8 @@ class Pullback:
         self._places = {w: self._one_place(w) for w in self.wrt if w not in self._entries}
         self._program = program
         steps = list(program.steps) if program else [Step(place, Watch(w)) for w, place in self._places.items()]
+        steps = steps if rules is None else rules.around(module, steps)
+        self._rule_keys = () if rules is None else rules.in_keys
         keep = [place.module for place in self._places.values()]
         goals: list[NestedKey] = [] if isinstance(target.of, Site) else [target.of]
         self._read = None
@@ -287,7 +291,7 @@ class Pullback:
             given = dict(zip(self.wrt, leaves, strict=True))
             work = dense(td, self.reads(td))
             for key in self._entries:
-                work.set(key, given[key])
+                work.set(key, given[key].clone())  # torch.compile sees of a copy that it has a graph, not of the leaf
             run = Run(self.plan, work, owner)
             run.store["points"] = points
             run.store["zeros"] = {w: given[w] for w in self._places}
@@ -374,9 +378,8 @@ class Pullback:
         keys += [
             key for key in self.target.in_keys if key not in keys and not (self._by_output and key == self.target.by)
         ]
-        if self._program is not None:
-            keys += [key for key in self._program.in_keys if key not in keys]
-        return keys
+        more = () if self._program is None else self._program.in_keys
+        return [*keys, *(key for key in (*more, *self._rule_keys) if key not in keys)]
 
     def check_inputs(self, td: TensorDictBase, points: Mapping[Wrt, Tensor], gradients: bool = True) -> None:
         """Raise for an entry that is missing or, where gradients are wanted, has none."""

@@ -1,0 +1,99 @@
+"""One call under a rule: what the rule is given, and where it is refused."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from tdconcepts.errors import BadValue, nearest
+from tdconcepts.hooks.flows import depends, operation_name, tensors
+
+__all__ = ["CONVENTIONS", "Call", "Convention", "check_convention", "refuse_middle"]
+
+Convention: TypeAlias = Literal["gradient", "relevance"]
+CONVENTIONS: tuple[Convention, ...] = ("gradient", "relevance")
+
+
+class Call:
+    """One call of a module or a function under a rule: what a rule has to work with.
+
+    Args:
+        name: the module's path, or the name of the operation.
+        function: what was called: the module, or the function.
+        args: positional arguments, as they were given (before an in-place operation).
+        kwargs: keyword arguments.
+        output: what it wrote.
+        convention: what flows.
+        ends: how a terminal rule hands over relevance in the gradient convention: as ``"relevance"``, or as the
+            ``"ratio"`` to :func:`nonzero` of the input.
+        safe: whether nothing will overwrite the output.
+
+    ``before`` is the ruled call whose output is the first argument: its rule, the call, and that output. ``folded``: a
+    scale and a shift of each channel, which count as part of the layer.
+    """
+
+    __slots__ = ("args", "before", "convention", "ends", "folded", "function", "kwargs", "name", "output", "safe")
+
+    def __init__(self, name: str, function: Any, args: Any, kwargs: Any, output: Any, how: Any) -> None:
+        self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
+        self.convention, self.ends, self.safe = how.convention, how.ends, how.safe
+        self.before: tuple[Any, Call, Any] | None = None
+        self.folded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, if it is one."""
+        return self.function if isinstance(self.function, nn.Module) else None
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors it was given that the explained entry may have a part in."""
+        return [value for value in tensors((self.args, self.kwargs)) if depends(value)]
+
+    @property
+    def carries_relevance(self) -> bool:
+        """Whether relevance flows, not its ratio to the activation."""
+        return self.convention == "relevance"
+
+    def saved(self, value: Tensor) -> Tensor:
+        """``value``, or a copy where an in-place operation may follow."""
+        return value if self.safe else value.clone()
+
+    def cannot(self, rule: object, why: str, fix: str | None = None) -> BadValue:
+        """The error of a rule that can't serve this call."""
+        return BadValue(
+            f"{type(rule).__name__} can't serve {self.name!r}",
+            got=f"{type(self.function).__name__ if self.module is not None else operation_name(self.function)}: {why}",
+            fix=fix,
+        )
+
+
+def check_convention(convention: object) -> None:
+    """Raise for what is no convention."""
+    if convention not in CONVENTIONS:
+        raise BadValue(
+            "no such convention", got=repr(convention), needed=nearest(convention, CONVENTIONS), fix='"gradient"'
+        )
+
+
+def refuse_middle(call: Call, rule: object) -> None:
+    """Raise for a terminal rule above other rules, in the gradient convention."""
+    if is_compiling():
+        return
+    nodes = [value.grad_fn for value in call.inputs if value.grad_fn is not None]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "_ByFormulaBackward":
+            raise BadValue(
+                f"{type(rule).__name__} ends the propagation, but stands in the middle of the model",
+                got=f"{rule!r} at {call.name!r}, above other rules, in the gradient convention",
+                needed="such a rule at the layer that the explained input enters",
+                fix='convention="relevance", or another rule there',
+            )
+        nodes += [below for below, _ in node.next_functions if below is not None]

@@ -1,0 +1,146 @@
+"""Flows: a value with a backward pass of one's own, which tensors have one, and what an operation is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+__all__ = ["backward_by", "changed", "depends", "is_inplace", "operation_name", "tensors"]
+
+
+class _ByFormula(torch.autograd.Function):
+    """``value`` going forwards; backwards, ``formula(flow, *saved)`` gives what flows into the ``count`` inputs."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor) -> Tensor:
+        return value.detach()  # the storage of value: no copy, and free for in-place operations
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        formula, count, keep, _, *given = inputs
+        ctx.formula, ctx.rest = formula, len(given) - count
+        ctx.save_for_backward(*(given if keep else given[count:]))
+
+    @staticmethod
+    def backward(ctx: Any, flow: Tensor) -> tuple[Any, ...]:
+        found = ctx.formula(flow, *ctx.saved_tensors)
+        return (None, None, None, None, *found, *[None] * ctx.rest)
+
+
+def backward_by(
+    formula: Callable[..., tuple[Any, ...]], value: Tensor, inputs: list[Tensor], *saved: Tensor, keep: bool = True
+) -> Tensor:
+    """``value``, with ``formula(flow, *inputs, *saved)`` for its backward pass: one flow for each of ``inputs``.
+
+    With ``keep=False`` the inputs are not kept, and it is ``formula(flow, *saved)``.
+
+    The formula is made of differentiable operations, so a second derivative is that of the formula. It runs under
+    ``vmap`` and ``torch.compile``.
+
+    Examples:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> y = backward_by(lambda flow, x: (flow * x,), x.exp(), [x])
+        >>> torch.autograd.grad(y.sum(), x)[0]
+        tensor([1., 2.])
+    """
+    given = [*inputs, *saved]
+    if is_compiling():  # which can't trace one tensor given twice
+        given = [t.clone() if any(t is other for other in given[:i]) else t for i, t in enumerate(given)]
+    return _ByFormula.apply(formula, len(inputs), keep, value.detach(), *given)
+
+
+def operation_name(func: Callable[..., Any]) -> str:
+    """The one name of an operation: of ``torch.mul``, ``Tensor.mul_``, ``x * y`` and ``x *= y`` it is ``"mul"``.
+
+    Examples:
+        >>> operation_name(torch.mul), operation_name(torch.Tensor.__rmul__), operation_name(torch.Tensor.mul_)
+        ('mul', 'mul', 'mul')
+    """
+    name: str = getattr(func, "__name__", "")
+    return _SPELLINGS.get(name, name)
+
+
+def _spelling(name: str) -> str:
+    plain = name.strip("_")
+    if name.startswith("__") and plain[:1] in ("r", "i") and plain[1:] in _REFLECTED:
+        plain = plain[1:]
+    return _SAME.get(plain, plain)
+
+
+_REFLECTED = ("add", "sub", "mul", "matmul", "pow", "mod", "truediv", "floordiv")
+_SAME = {
+    "truediv": "div",
+    "divide": "div",
+    "true_divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "rsub": "sub",
+    "bmm": "matmul",
+    "mm": "matmul",
+}
+_SPELLINGS = {name: _spelling(name) for name in (*dir(torch.Tensor), *dir(torch))}  # torch.compile can look these up
+_INPLACE = frozenset(
+    name
+    for name in dir(torch.Tensor)
+    if (name.endswith("_") and not name.endswith("__")) or (name[:3] == "__i" and name[3:-2] in _REFLECTED)
+)
+
+
+def depends(value: Any) -> bool:
+    """Whether a tensor may depend on what is explained: it has a graph that is not made of parameters alone."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or isinstance(value, nn.Parameter):
+        return False
+    if is_compiling():
+        return value.requires_grad
+    if not value.requires_grad:
+        return False
+    nodes: list[Any] = [value.grad_fn]
+    seen = 0
+    if nodes[0] is None:
+        return True
+    while nodes and seen < 8:  # made of parameters, the graph is small: a weight's square, its normalisation
+        node = nodes.pop()
+        seen += 1
+        if type(node).__name__ == "AccumulateGrad":
+            if not isinstance(node.variable, nn.Parameter):
+                return True
+            continue
+        nodes += [below for below, _ in node.next_functions if below is not None]
+        if not node.next_functions:
+            return True
+    return bool(nodes)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (tuple, list)):
+        return [leaf for part in tree for leaf in tensors(part)]
+    if isinstance(tree, dict):
+        return [leaf for part in tree.values() for leaf in tensors(part)]
+    return []
+
+
+def changed(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same tree with every tensor changed."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, (tuple, list)):
+        values = [changed(part, change) for part in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if isinstance(tree, dict):
+        new = {key: changed(part, change) for key, part in tree.items()}
+        return new if type(tree) is dict else type(tree)(**new)
+    return tree
+
+
+def is_inplace(func: Callable[..., Any]) -> bool:
+    """Whether a function changes its first argument: ``x.mul_(y)``, ``x *= y``."""
+    return getattr(func, "__name__", "") in _INPLACE

@@ -1,0 +1,51 @@
+"""Functional calls under a plan: the function mode that shows them to it, and where modes stand on the thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tdconcepts.hooks.plans import Plan
+
+__all__ = ["Functions", "push", "withdraw"]
+
+
+class Functions(TorchFunctionMode):
+    """Shows each torch function that is called to the innermost plan that knows what to do with it.
+
+    It acts while a run of its plan is active on the thread: between two calls of a model it does nothing.
+    """
+
+    def __init__(self, plan: Plan, thread: Any) -> None:
+        self.plan, self.thread = plan, thread  # torch's own __init__ does nothing, and torch.compile can't trace it
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {} if kwargs is None else kwargs
+        if torch.is_grad_enabled():
+            for run in self.thread.runs:
+                if run.plan is self.plan and run.active and not run.inside:
+                    for act in self.plan.around:
+                        return act.operate(run, func, args, given)
+        return func(*args, **given)
+
+
+def push(mode: Functions) -> None:
+    """Let a mode stand on this thread."""
+    mode.__enter__()
+
+
+def withdraw(plan: Plan) -> None:
+    """Take the mode of a plan away, wherever it stands: others may have come after it."""
+    above = []
+    while torch._C._len_torch_function_stack():
+        mode = torch._C._pop_torch_function_stack()
+        if isinstance(mode, Functions) and mode.plan is plan:
+            break
+        above.append(mode)
+    for mode in reversed(above):
+        torch._C._push_on_torch_function_stack(mode)

@@ -1,0 +1,331 @@
+"""Changed backward passes, on modules and on functional calls: the engine of rules, without a formula."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks.calls import CONVENTIONS, Call, Convention, check_convention, refuse_middle
+from tdconcepts.hooks.contexts import active
+from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, tensors
+from tdconcepts.hooks.hooked import Hooked
+from tdconcepts.hooks.plans import Bound, Run, Step
+from tdconcepts.hooks.programs import Programs, _Adds
+from tdconcepts.hooks.sites import Place, Site, places
+from tdconcepts.hooks.wrapped import Wrapped
+
+__all__ = ["Call", "Convention", "Rule", "Rules", "check_convention"]
+
+
+class _How:
+    """How the rules of one binding are carried out."""
+
+    __slots__ = ("convention", "ends", "report", "safe")
+
+    def __init__(self, convention: Convention, ends: str, safe: bool, report: Any = None) -> None:
+        self.convention, self.ends, self.safe, self.report = convention, ends, safe, report
+
+
+class Rule:
+    """A changed backward pass, as frozen data: subclasses are dataclasses with the numbers of a formula.
+
+    ``forms``: the conventions it has a form in. ``scaled``: in the relevance convention the engine scales what flows
+    into each input by that input, and the rule gives only the ratio. ``terminal``: its relevance is not proportional to
+    the input, so in the gradient convention it ends the propagation. ``reads_before``: it asks which call came before.
+    """
+
+    forms: ClassVar[tuple[Convention, ...]] = CONVENTIONS
+    scaled: ClassVar[bool] = False
+    terminal: ClassVar[bool] = False
+    reads_before: ClassVar[bool] = False
+
+    def carry(self, call: Call) -> Any:
+        """The output of ``call``, with the backward pass of this rule."""
+        raise NotImplementedError
+
+    def is_plain(self, convention: Convention) -> bool:
+        """Whether it is the ordinary backward pass, so that a layer needs no tap."""
+        return False
+
+    def on(self, module: nn.Module, convention: Convention | None = None) -> Any:
+        """This rule on one module, as a context whose target is called as the module is.
+
+        Args:
+            module: any module, of any number of inputs.
+            convention: what flows; default: the gradient, where the rule has that form.
+
+        Examples:
+            >>> from tdconcepts.lrp import EpsilonRule
+            >>> linear, x = nn.Linear(3, 2, bias=False), torch.randn(1, 3, requires_grad=True)
+            >>> with EpsilonRule(1e-9).on(linear, convention="relevance") as m:
+            ...     relevance = torch.autograd.grad(m(x), x, torch.ones(1, 2))[0]
+            >>> torch.allclose(relevance.sum(), torch.tensor(2.0), rtol=1e-3)
+            True
+        """
+        return Rules(((".", self),), convention=convention or self.forms[0]).on(module)
+
+    def __add__(self, other: Any) -> Programs:
+        return Rules((("**", self),), convention=self.forms[0]) + other
+
+
+class _Scale:
+    """Each flow times the value that it belongs to: from ratios to relevance."""
+
+    def __call__(self, value: Any) -> Any:
+        return backward_by(_times, value, [value], value.clone(), keep=False) if depends(value) else value
+
+
+def _times(flow: Tensor, factor: Tensor) -> tuple[Tensor]:
+    return (flow * factor,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules(_Adds):
+    """A program of rules that are already chosen: paths with their rules, and operations with theirs.
+
+    Args:
+        modules: pairs of a path (``"."`` for the model) and a rule.
+        operations: names of functions with their rules.
+        convention: what flows.
+        first: a choice of the rule for the first layer, in the order of execution: ``(kinds, rule)``.
+        unknown: ``unknown(name)`` is told of an operation that has no rule, if not ``unknown.knows(name)``.
+        ends: see :class:`Call`.
+        report: ``report(name, rule, side, relevance)`` is told what flows into and out of each rule.
+    """
+
+    modules: tuple[tuple[str, Rule], ...]
+    operations: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
+    convention: Convention = "gradient"
+    first: tuple[Callable[[Any], bool], Rule] | None = None
+    unknown: Any = None
+    ends: str = "relevance"
+    report: Callable[[str, Rule, str, Tensor], None] | None = None
+    in_keys: ClassVar[tuple[Any, ...]] = ()
+
+    def on(self, module: nn.Module) -> Any:
+        """Bind: a TensorDictModule gives a TensorDictModule, any other module what is called as it is."""
+        if isinstance(module, TensorDictModuleBase):
+            return Hooked(module, self)
+        if not isinstance(module, nn.Module):
+            raise BadType("rules are installed on modules", got=type(module).__name__, needed="an nn.Module")
+        return Wrapped(module, self)
+
+    def bind(self, module: nn.Module) -> list[Bound]:
+        """The steps of every rule, checked."""
+        check_convention(self.convention)
+        chosen: dict[nn.Module, tuple[Place, Rule]] = {}
+        for path, rule in self.modules:
+            found = [_whole(module)] if path == "." else places(module, Site(path))
+            for place in found:
+                chosen[place.module] = (place, rule)
+        self._check_forms([(place.name, rule) for place, rule in chosen.values()])
+        safe = all(map(_overwrites_nothing, module.modules()))
+        how = _How(self.convention, self.ends, safe, self.report)
+        steps = []
+        taken = [pair for pair in chosen.values() if not pair[1].is_plain(self.convention) or self.report or self.first]
+        for place, rule in taken:
+            leave = _Leave(place, rule, how, self.first)
+            steps.append(
+                Step(place._replace(side="input", name=f"{place.name}:in"), _Enter(leave), every=True, whole=True)
+            )
+            steps.append(Step(place._replace(side="output"), leave, every=True, whole=True))
+        if self.operations or self.first is not None or self.unknown is not None:
+            ruled = {n: r for n, r in self.operations.items() if not r.is_plain(self.convention) or self.report}
+            operate = _Operate(ruled if self.first is None else self.operations, how, self.first, self.unknown)
+            steps.append(Step(_whole(module)._replace(side="input"), operate, every=True, whole=True))
+        return [Bound(tuple(steps))]
+
+    def around(self, module: nn.Module, steps: list[Step]) -> list[Step]:
+        """Other steps with those of the rules: what is read of an input comes before its rule, of an output after."""
+        ruled = [step for bound in self.bind(module) for step in bound.steps]
+        first = [step for step in steps if step.place.side == "input"]
+        return [*first, *ruled, *(step for step in steps if step.place.side == "output")]
+
+    def _check_forms(self, chosen: list[tuple[str, Rule]]) -> None:
+        named = [*chosen, *self.operations.items()]
+        wrong = next((pair for pair in named if self.convention not in pair[1].forms), None)
+        if wrong is None:
+            return
+        other = next((pair for pair in named if self.convention in pair[1].forms and len(pair[1].forms) == 1), None)
+        other = other or next((pair for pair in named if self.convention in pair[1].forms), None)
+        has = f" and {other[1]!r} at {other[0]!r} in the {self.convention} convention" if other else ""
+        raise BadValue(
+            "the rules mix two conventions",
+            got=f"{wrong[1]!r} at {wrong[0]!r}, which has the {wrong[1].forms[0]} convention only,{has}",
+            needed="one convention for all: the gradient, or relevance",
+            fix=f'.on(model, convention="{wrong[1].forms[0]}"), or another rule at {wrong[0]!r}',
+        )
+
+
+class _Enter:
+    """The step at a ruled module's input."""
+
+    def __init__(self, leave: _Leave) -> None:
+        self.leave = leave
+        inplace = getattr(leave.place.module, "inplace", False) is True
+        self.keeps = inplace
+
+    def __call__(self, tree: Any, run: Run, given: Any) -> Any:
+        run.inside += 1
+        if run.inside > 1 or not torch.is_grad_enabled() or _overruled(run, self.leave.place.module):
+            return tree
+        if not any(map(depends, tensors(tree))):
+            return tree
+        refuse_mixture(run, self.leave)
+        rule = run.store[("rule", self.leave)] = self.leave.chosen(run)
+        if self.keeps:
+            run.store[("given", self.leave)] = changed(tree, torch.clone)
+        tree = watched(tree, self.leave.how, self.leave.place.name, rule, "in")
+        if rule.scaled and self.leave.how.convention == "relevance":
+            tree = changed(tree, _Scale())
+        return tree
+
+
+class _Leave:
+    """The step at a ruled module's output."""
+
+    def __init__(self, place: Place, rule: Rule, how: _How, first: Any) -> None:
+        self.place, self.rule, self.how = place, rule, how
+        self.first = first[1] if first is not None and first[0](place.module) else None
+
+    def chosen(self, run: Run) -> Rule:
+        """The rule: another one for the first layer that is reached."""
+        if self.first is not None and "first layer" not in run.store:
+            run.store["first layer"] = self.place.name
+            return self.first
+        return self.rule
+
+    def __call__(self, tree: Any, run: Run, given: Any) -> Any:
+        try:  # while the rule works, modules that it calls are inside this one
+            return tree if run.inside > 1 or not torch.is_grad_enabled() else self._carried(tree, run, given)
+        finally:
+            run.inside -= 1
+
+    def _carried(self, tree: Any, run: Run, given: Any) -> Any:
+        rule = run.store.pop(("rule", self), None)
+        if rule is None:
+            return tree
+        args, kwargs = run.store.pop(("given", self), given)
+        call = Call(self.place.name, self.place.module, args, kwargs, tree, self.how)
+        last = run.store.pop("last call", None)
+        if last is not None and args and args[0] is last[2]:
+            call.before = last
+        if rule.terminal and self.how.convention == "gradient":
+            refuse_middle(call, rule)
+        output = carried(rule, call)
+        run.store["last call"] = (rule, call, output)
+        return watched(output, self.how, self.place.name, rule, "out")
+
+
+class _Operate:
+    """What a function mode does with each call of a function."""
+
+    def __init__(self, operations: Mapping[str, Rule], how: _How, first: Any, unknown: Any) -> None:
+        self.operations, self.how, self.first, self.unknown = operations, how, first, unknown
+
+    def __call__(self, tree: Any, run: Run, given: Any) -> Any:
+        return tree
+
+    def operate(self, run: Run, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func`` under the rule of its name, if there is one."""
+        name = operation_name(func)
+        rule = self.operations.get(name)
+        if rule is None and (self.unknown is None or self.unknown.knows(name)):
+            return func(*args, **kwargs)
+        if not any(map(depends, tensors((args, kwargs)))):
+            return func(*args, **kwargs)
+        if rule is None:
+            output = func(*args, **kwargs)
+            if any(map(depends, tensors(output))):
+                self.unknown(name)
+            return output
+        if self.first is not None and "first layer" not in run.store and self.first[0](name):
+            run.store["first layer"] = name
+            rule = self.first[1]
+        target = args[0] if is_inplace(func) or kwargs.get("inplace") is True else None
+        if target is not None and "inplace" in kwargs:
+            kwargs = {**kwargs, "inplace": False}
+        if target is not None:
+            args = (target.clone(), *args[1:])
+        given = (args, kwargs) = watched((args, kwargs), self.how, name, rule, "in")
+        if rule.scaled and self.how.convention == "relevance":
+            args, kwargs = changed(given, _Scale())
+        output = func(*((args[0].clone(), *args[1:]) if target is not None else args), **kwargs)
+        if any(value.is_floating_point() for value in tensors(output)):
+            call = Call(name, func, args, kwargs, output, self.how)
+            if rule.terminal and self.how.convention == "gradient":
+                refuse_middle(call, rule)
+            output = watched(carried(rule, call), self.how, name, rule, "out")
+        return output if target is None else target.copy_(output)
+
+
+def watched(tree: Any, how: _How, name: str, rule: Rule, side: str) -> Any:
+    """The same tree, whose flows are noted in the report, if there is one."""
+    if how.report is None:
+        return tree
+    note, relevance = how.report, how.convention == "relevance"
+
+    def watch(value: Tensor) -> Tensor:
+        if not depends(value):
+            return value
+
+        def formula(flow: Tensor, *kept: Tensor) -> tuple[Tensor]:
+            note(name, rule, side, flow if relevance else flow * kept[0])
+            return (flow,)
+
+        return backward_by(formula, value, [value], *([] if relevance else [value.clone()]), keep=False)
+
+    return changed(tree, watch)
+
+
+def carried(rule: Rule, call: Call) -> Any:
+    """The output under a rule; what it computes is not seen by function modes again."""
+    if is_compiling():
+        return rule.carry(call)
+    with torch._C.DisableTorchFunction():
+        return rule.carry(call)
+
+
+def refuse_mixture(run: Run, leave: _Leave) -> None:
+    """Raise where another context on this thread carries the other convention through the same model."""
+    runs = active()
+    if len(runs) < 2:
+        return
+    for other in runs:
+        for steps in other.plan.outputs.values() if other is not run else ():
+            for step in steps:
+                theirs = step.act
+                if isinstance(theirs, _Leave) and theirs.how.convention != leave.how.convention:
+                    raise BadValue(
+                        "two contexts mix two conventions",
+                        got=f"{leave.rule!r} at {leave.place.name!r} ({leave.how.convention}) and "
+                        f"{theirs.rule!r} at {theirs.place.name!r} ({theirs.how.convention})",
+                        needed="one convention for all: the gradient, or relevance",
+                        fix=f'.on(model, convention="{theirs.how.convention}")',
+                    )
+
+
+def _overruled(run: Run, module: nn.Module) -> bool:
+    """Whether a context that was entered later has a rule for the same module."""
+    runs = active()
+    if runs[-1] is run:
+        return False
+    later = runs[[other is run for other in runs].index(True) + 1 :]
+    return any(isinstance(step.act, _Leave) for other in later for step in other.plan.outputs.get(module, ()))
+
+
+def _overwrites_nothing(module: nn.Module) -> bool:
+    """Whether a module is known to change no activation in place: not so of any forward that is not torch's own."""
+    known = type(module).__module__.startswith(("torch.nn.modules.", "tensordict."))
+    return (known and getattr(module, "inplace", False) is not True) or isinstance(module, TensorDictModuleBase)
+
+
+def _whole(module: nn.Module) -> Place:
+    return Place(Site("."), ".", module, "output", None, None, None, None)

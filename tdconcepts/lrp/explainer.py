@@ -1,0 +1,147 @@
+"""The explainer: a target's value, propagated back to entries and sites by a composite of rules."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Unpack
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from torch import Tensor
+
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks import Options, Target, dispatch_rows
+from tdconcepts.hooks.explaining import Explaining, check_options
+from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.hooks.rules import Convention, Rule
+from tdconcepts.keys import NestedKey
+from tdconcepts.lrp.boundary import nonzero
+from tdconcepts.lrp.composites import Composite
+from tdconcepts.lrp.conditions import Conditions
+from tdconcepts.lrp.report import Conservation
+
+__all__ = ["LRP", "LRPOptions"]
+
+
+class LRPOptions(Options, total=False):
+    """The options of :class:`LRP`, besides those of every explainer.
+
+    Args:
+        convention: what flows; default: the composite's own.
+        start: what the relevance starts from: the target's ``"value"``, or ``"ones"``.
+        check: whether :attr:`LRP.report` tells what each rule did with its relevance.
+        condition: ``{site: units}``: only relevance that passes these units (dims of one row's first dim) goes on.
+    """
+
+    convention: Convention
+    start: Literal["value", "ones"]
+    check: bool
+    condition: Any
+
+
+class LRP(TensorDictModuleBase):
+    r"""Layer-wise relevance propagation of a target: :math:`R` at entries and sites, with :math:`\sum R \approx y`.
+
+    | reads | writes |
+    |---|---|
+    | what the target depends on, and its ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
+
+    With several targets there is one more dim of size T right after the batch dims; they share the forward. The model
+    is used as it is: rules are installed for the call only.
+
+    Args:
+        module: a TensorDictModule.
+        composite: which module and operation gets which rule; for one bare rule, ``Composite({kind: rule})``.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        options: see :class:`LRPOptions`.
+
+    Raises:
+        BadType: no composite, a bare ``nn.Module``, or an integer entry (explain at the embedding: ``wrt=Site(...)``).
+        BadKey: an entry or a site that does not exist. BadValue: parts of the model without a rule, and mixed
+            conventions.
+
+    Source: Bach et al., *On pixel-wise explanations*, 2015; the gradient convention Achtibat et al., 2024.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts.lrp import EpsilonPlus
+        >>> layers = torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 2, bias=False)
+        >>> net = TensorDictModule(torch.nn.Sequential(*layers), in_keys=["x"], out_keys=["logits"])
+        >>> td = net(TensorDict(x=torch.randn(3, 4), batch_size=[3]))
+        >>> td = LRP(net, EpsilonPlus(), Target("logits", 1))(td)
+        >>> torch.allclose(td["attribution", "x"].sum(-1), td["logits"][:, 1], atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        module: TensorDictModuleBase,
+        composite: Composite,
+        target: Target,
+        wrt: Wrt | list[Wrt] | None = None,
+        **options: Unpack[LRPOptions],
+    ) -> None:
+        super().__init__()
+        check_options(options, {**Options.__annotations__, **LRPOptions.__annotations__})
+        if not isinstance(composite, Composite):
+            hint = "Composite({nn.Linear: " + repr(composite) + "})" if isinstance(composite, Rule) else "EpsilonPlus()"
+            raise BadType("LRP needs a composite", got=repr(composite), needed="a Composite of rules", fix=hint)
+        self.convention: Convention = options.get("convention") or composite.convention
+        start = options.get("start", "value")
+        if start not in ("value", "ones"):
+            raise BadValue("no such start", got=f"start={start!r}", needed='"value" or "ones"')
+        self.report = Conservation() if options.get("check") else None
+        rules = composite.rules_for(module, self.convention, ends="ratio", report=self.report)
+        self._ends = any(rule.terminal for _, rule in rules.modules) or (
+            rules.first is not None and rules.first[1].terminal
+        )
+        conditions = Conditions(rules, options.get("condition"))
+        if isinstance(target, Target):
+            power = {"value": 2, "ones": 1} if self.convention == "relevance" else {"value": 1, "ones": 0}
+            target = target if power[start] == 1 else _Started(target.of, target.select, target.by, power[start])
+        self._explaining = Explaining(module, target, wrt, options, rules=conditions)
+        self.module, self.composite = module, composite
+        self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
+
+    @dispatch_rows
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Explain every row of ``tensordict``."""
+        if self.report is not None:
+            self.report.clear()
+        return self._explaining.run(tensordict, self._attribute)
+
+    def hold(self, tensordict: TensorDictBase) -> Tensor | None:
+        """The index that the target's ``"argmax"`` chooses here, for methods that look at several points."""
+        return self._explaining.pullback.hold(tensordict)
+
+    def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
+        this, by_point = self._explaining, self.convention == "gradient"
+        pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=this.width(td))
+        several = pulled.values.ndim > td.batch_dims
+        results: dict[NestedKey, Tensor] = {}
+        for key, flow, point in zip(this.attribution_keys, pulled.gradients, pulled.points, strict=True):
+            if by_point:
+                point = nonzero(point) if self._ends else point
+                results[key] = flow * (point.unsqueeze(td.batch_dims) if several else point)
+            else:
+                results[key] = flow.clone()
+        return results | this.written(pulled.outputs)
+
+
+class _Started(Target):
+    """A target whose pull-back starts from another power of its value: from ``y`` (2), from ``1 / y`` (0)."""
+
+    def __init__(self, of: Any, select: Any, by: Any, power: int) -> None:
+        super().__init__(of, select, by)
+        object.__setattr__(self, "power", power)
+
+    def read(self, value: Tensor, td: TensorDictBase, lead: int, held: Tensor | None = None) -> tuple[Tensor, bool]:
+        """The values times, or divided by, themselves as constants."""
+        values, several = super().read(value, td, lead, held)
+        fixed = values.detach()
+        if self.power == 2:  # type: ignore[attr-defined]
+            return values * fixed, several
+        return values / torch.where(fixed == 0, 1.0, fixed), several

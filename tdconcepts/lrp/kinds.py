@@ -1,0 +1,289 @@
+"""Kinds of layers and operations, as composites speak of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import batchnorm, pooling
+
+__all__ = [
+    "ELEMENTWISE",
+    "PLAIN",
+    "activation",
+    "average",
+    "batch_norm",
+    "operation_of",
+    "rms_norm",
+]
+
+_ACTIVATIONS = tuple(
+    getattr(nn, name)
+    for name in [
+        "ELU",
+        "Hardshrink",
+        "Hardsigmoid",
+        "Hardtanh",
+        "Hardswish",
+        "LeakyReLU",
+        "LogSigmoid",
+        "PReLU",
+        "ReLU",
+        "ReLU6",
+        "RReLU",
+        "SELU",
+        "CELU",
+        "GELU",
+        "Mish",
+        "Sigmoid",
+        "SiLU",
+        "Softplus",
+        "Softshrink",
+        "Softsign",
+        "Tanh",
+        "Tanhshrink",
+        "Threshold",
+    ]
+)
+
+# Functions of one value, by which its relevance passes: f(x) / x in the gradient convention.
+ELEMENTWISE: tuple[str, ...] = (
+    "relu",
+    "leaky_relu",
+    "prelu",
+    "threshold",
+    "elu",
+    "hardshrink",
+    "hardsigmoid",
+    "hardtanh",
+    "hardswish",
+    "logsigmoid",
+    "rrelu",
+    "relu6",
+    "selu",
+    "celu",
+    "gelu",
+    "mish",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "tanh",
+    "tanhshrink",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "sin",
+    "cos",
+    "tan",
+    "atan",
+    "sinh",
+    "asinh",
+    "erf",
+    "sqrt",
+    "square",
+    "pow",
+    "logit",
+)
+
+# Operations that move, add or choose values: their gradient hands relevance on in either convention.
+PLAIN = frozenset(
+    [
+        "relu",
+        "threshold",
+        "leaky_relu",
+        "prelu",
+        "abs",
+        "neg",
+        "add",
+        "sub",
+        "sum",
+        "mean",
+        "cumsum",
+        "view",
+        "view_as",
+        "reshape",
+        "reshape_as",
+        "permute",
+        "transpose",
+        "t",
+        "get",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "cat",
+        "concat",
+        "concatenate",
+        "stack",
+        "hstack",
+        "vstack",
+        "split",
+        "chunk",
+        "unbind",
+        "getitem",
+        "index_select",
+        "gather",
+        "take_along_dim",
+        "expand",
+        "expand_as",
+        "broadcast_to",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "clone",
+        "contiguous",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "cpu",
+        "cuda",
+        "detach",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "alpha_dropout",
+        "feature_dropout",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "pad",
+        "roll",
+        "flip",
+        "where",
+        "masked_fill",
+        "masked_select",
+        "max",
+        "min",
+        "amax",
+        "amin",
+        "maximum",
+        "minimum",
+        "topk",
+        "sort",
+        "narrow",
+        "select",
+        "diff",
+        "interpolate",
+        "upsample",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "tril",
+        "triu",
+        "diagonal",
+        "unfold",
+        "fold",
+        "scatter",
+        "index_put",
+        "copy",
+        "setitem",
+        "index_add",
+        "index_copy",
+        "scatter_add",
+        "requires_grad",
+        "size",
+        "dim",
+        "data",
+        "clamp",
+        "clip",
+        "iter",
+        "fill",
+        "zero",
+        "identity",
+        "lerp",
+        "trace",
+        "embedding",
+        "one_hot",
+        "atleast_1d",
+        "nan_to_num",
+        "flatten_parameters",
+        "apply_along_dim",
+        "register_hook",
+        "rot90",
+        "kthvalue",
+        "median",
+        "channel_shuffle",
+        "as_strided",
+        "masked_scatter",
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "is_floating_point",
+        "numel",
+        "element_size",
+        "retain_grad",
+        "set",
+        "len",
+        "bool",
+    ]
+)
+
+
+def activation(layer: Any) -> bool:
+    """An elementwise activation: of ``torch.nn``, or of Hugging Face's ``transformers``."""
+    if isinstance(layer, _ACTIVATIONS):
+        return True
+    return isinstance(layer, nn.Module) and type(layer).__module__ == "transformers.activations"
+
+
+def batch_norm(layer: Any) -> bool:
+    """A batch norm."""
+    return isinstance(layer, batchnorm._BatchNorm)
+
+
+def average(layer: Any) -> bool:
+    """An average pooling."""
+    return isinstance(layer, (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd))
+
+
+def rms_norm(layer: Any) -> bool:
+    """An RMS norm: torch's, or a module of that name."""
+    return isinstance(layer, nn.RMSNorm) or type(layer).__name__.endswith("RMSNorm")
+
+
+def operation_of(layer: nn.Module) -> str:
+    """The name of the one function that a layer of torch calls, if it is such a layer; else ``""``.
+
+    Examples:
+        >>> operation_of(nn.Conv2d(1, 1, 1)), operation_of(nn.SiLU()), operation_of(nn.LSTM(1, 1))
+        ('conv2d', 'silu', '')
+    """
+    return _OPERATION_OF.get(type(layer), "") if "parametrizations" not in layer._modules else ""
+
+
+_OPERATION_OF: dict[type, str] = {
+    nn.Linear: "linear",
+    **{getattr(nn, f"Conv{n}d"): f"conv{n}d" for n in (1, 2, 3)},
+    **{getattr(nn, f"ConvTranspose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
+    **{getattr(nn, f"BatchNorm{n}d"): "batch_norm" for n in (1, 2, 3)},
+    **{getattr(nn, f"AvgPool{n}d"): f"avg_pool{n}d" for n in (1, 2, 3)},
+    **{getattr(nn, f"AdaptiveAvgPool{n}d"): f"adaptive_avg_pool{n}d" for n in (1, 2, 3)},
+    nn.LayerNorm: "layer_norm",
+    nn.GroupNorm: "group_norm",
+    nn.RMSNorm: "rms_norm",
+    nn.Softmax: "softmax",
+    nn.LeakyReLU: "leaky_relu",
+    **{kind: kind.__name__.lower() for kind in _ACTIVATIONS if kind.__name__.lower() in ELEMENTWISE},
+}

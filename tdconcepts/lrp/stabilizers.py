@@ -1,0 +1,80 @@
+"""Stabilisers: what keeps a denominator away from zero without changing its sign."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tdconcepts.errors import BadType, BadValue
+
+__all__ = ["Stabilizer", "Stabilizing", "check_stabilizer", "stabilized"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stabilizer:
+    r"""A denominator that is not zero: :math:`z + \epsilon\,\mathrm{sgn}(z)`, with :math:`\mathrm{sgn}(0) = +1`.
+
+    Args:
+        epsilon: how far away from zero, 0 or more; in units of ``z``, or of its size with ``norm_scale``.
+        clip: :math:`\mathrm{sgn}(z)\max(|z|, \epsilon)` instead, which leaves large values as they are.
+        norm_scale: :math:`\epsilon\sqrt{\mathrm{mean}(z^2)}` in the place of :math:`\epsilon`.
+        dims: what the mean runs over; default: all dims but the first.
+
+    Raises:
+        BadValue: a negative epsilon.
+
+    Source: Bach et al., *On pixel-wise explanations*, 2015, eq. 58 (the signed sum).
+
+    Examples:
+        >>> Stabilizer(0.5)(torch.tensor([-1.0, 0.0, 2.0])), Stabilizer(0.5, clip=True)(torch.tensor([-0.1, 0.0, 2.0]))
+        (tensor([-1.5000,  0.5000,  2.5000]), tensor([-0.5000,  0.5000,  2.0000]))
+    """
+
+    epsilon: float = 1e-6
+    clip: bool = False
+    norm_scale: bool = False
+    dims: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, (int, float)) or not self.epsilon >= 0:
+            raise BadValue("not an epsilon", got=repr(self.epsilon), needed="a number >= 0")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``z``, away from zero."""
+        epsilon: float | Tensor = self.epsilon
+        if self.norm_scale:
+            dims = tuple(range(1, z.ndim)) if self.dims is None else self.dims
+            epsilon = epsilon * (z.square().mean(dims, keepdim=True) if dims else z.square()).sqrt()
+        if self.clip:
+            return torch.where(z < 0, -1.0, 1.0).to(z.dtype) * torch.clamp(z.abs(), min=epsilon)
+        return torch.where(z < 0, z - epsilon, z + epsilon)
+
+
+Stabilizing: TypeAlias = float | Callable[[Tensor], Tensor]
+
+
+def check_stabilizer(given: object) -> None:
+    """Raise for what is neither a number nor callable."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        Stabilizer(given)
+    elif not callable(given):
+        raise BadType(
+            "not a stabiliser",
+            got=repr(given),
+            needed="a number >= 0, a Stabilizer, or a callable z -> stabilised z",
+            fix="Stabilizer(1e-6, clip=True)",
+        )
+
+
+def stabilized(z: Tensor, by: Stabilizing) -> Tensor:
+    """``z``, kept away from zero by a number, a :class:`Stabilizer` or any callable.
+
+    By 0 it stays as it is; where it is 0 itself it becomes infinite, so that a quotient is 0.
+    """
+    if callable(by):
+        return by(z)
+    return z + torch.copysign(torch.full_like(z[..., :1], by), z) if by else torch.where(z == 0, torch.inf, z)

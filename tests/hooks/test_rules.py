@@ -1,0 +1,182 @@
+"""The engine of rules: nothing stays behind, nesting, reuse, in-place operations, graphs, threads, refusals."""
+
+import threading
+
+import pytest
+import torch
+from hooks.nets import hook_count, snapshot
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from tdconcepts import Capture
+from tdconcepts.errors import BadValue
+from tdconcepts.lrp import Composite, EpsilonPlus, EpsilonRule, GuidedBackpropRule, IgnoreRule, PassRule, ZPlusRule
+
+
+def mlp(inplace=False):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace), nn.Linear(6, 3)).double()
+
+
+def flow(m, x, **kwargs):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(m(leaf, **kwargs).sum(), leaf)[0]
+
+
+X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_the_model_is_as_before(convention):
+    net = mlp()
+    before, out, plain = snapshot(net), net(X), flow(net, X)
+    with EpsilonPlus().on(net, convention=convention) as m:
+        assert m(X).equal(out)
+        assert net(X).equal(out)
+        flow(m, X)
+    with pytest.raises(ZeroDivisionError), EpsilonPlus().on(net) as m:
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError), EpsilonPlus().on(net) as m:
+        m(X[:, :2].clone().requires_grad_())
+    assert snapshot(net) == before
+    assert not hook_count(net)
+    assert flow(net, X).equal(plain)
+
+
+def test_nested_contexts_the_last_one_counts():
+    net = mlp()
+    by_zplus = flow(Composite({nn.Linear: ZPlusRule()}).on(net, convention="relevance"), X)
+    first = Composite({nn.Linear: EpsilonRule(0.5)}).on(net, convention="relevance")
+    with first, Composite({nn.Linear: ZPlusRule()}).on(net, convention="relevance") as m:
+        assert flow(m, X).equal(by_zplus)
+        assert flow(net, X).equal(by_zplus)
+
+
+def test_overlapping_exits():
+    net = mlp()
+    plain = flow(net, X)
+    first = EpsilonRule(0.5).on(net[0], convention="relevance")
+    second = EpsilonRule(0.5).on(net[2], convention="relevance")
+    first.__enter__()
+    second.__enter__()
+    both = flow(net, X)
+    first.__exit__(None, None, None)
+    one = flow(net, X)
+    second.__exit__(None, None, None)
+    assert len({tuple(v.flatten().tolist()) for v in (plain, both, one)}) == 3
+    assert flow(net, X).equal(plain)
+    assert not hook_count(net)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_a_module_that_runs_twice(convention):
+    layer = nn.Linear(4, 4, bias=False).double()
+    reused, apart = nn.Sequential(layer, nn.ReLU(), layer), nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 4, bias=False))
+    apart[2].weight = nn.Parameter(layer.weight.data)
+    apart.double()
+    rules = Composite({nn.Linear: ZPlusRule(), nn.ReLU: PassRule()})
+    assert flow(rules.on(reused, convention), X).allclose(flow(rules.on(apart, convention), X))
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("rule", [EpsilonRule(0.1), ZPlusRule()])
+def test_inplace_activations(rule, convention):
+    rules = Composite({nn.Linear: rule, nn.ReLU: PassRule()})
+    assert flow(rules.on(mlp(True), convention), X).equal(flow(rules.on(mlp(), convention), X))
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+
+    def forward(self, x, *, scale=1.0):
+        h = self.a(input=x)
+        h.relu_()
+        h *= scale
+        return self.b(h)
+
+
+def test_inplace_functions_and_keywords():
+    rules = EpsilonPlus()
+    for convention in ("gradient", "relevance"):
+        expected = flow(rules.on(mlp(), convention), X)
+        assert flow(rules.on(Functional(), convention), X).allclose(expected)
+        assert flow(rules.on(Functional(), convention), X, scale=1.0).allclose(expected)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_graphs(convention):
+    net = mlp()
+    leaf = X.clone().requires_grad_()
+    with EpsilonPlus(0.1).on(net, convention) as m:
+        out = m(leaf)
+    seeds = torch.eye(3, dtype=torch.float64)
+    one = [torch.autograd.grad(out, leaf, s.expand(5, 3), retain_graph=True)[0] for s in seeds]
+    batched = torch.autograd.grad(
+        out, leaf, seeds.unsqueeze(1).expand(3, 5, 3), is_grads_batched=True, retain_graph=True
+    )
+    assert torch.stack(one).allclose(batched[0])
+    _, pull = torch.func.vjp(m, X)
+    assert torch.vmap(pull)(seeds.unsqueeze(1).expand(3, 5, 3))[0].allclose(torch.stack(one))
+
+
+@pytest.mark.parametrize(
+    ("rule", "convention"),
+    [(EpsilonRule(0.1), "gradient"), (ZPlusRule(0.1), "gradient"), (ZPlusRule(0.1), "relevance")],
+)
+def test_second_derivatives_of_a_layer_are_those_of_the_formula(rule, convention):
+    layer, leaf = mlp()[0], X.clone().requires_grad_()
+    m = rule.on(layer, convention)
+    (first,) = torch.autograd.grad(m(leaf).sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    step = 1e-6 * torch.randn_like(X)
+    moved = flow(m, X + step).square().sum() - flow(m, X - step).square().sum()
+    assert torch.allclose((second * step).sum() * 2, moved, rtol=1e-4)
+
+
+def test_nothing_happens_without_gradients():
+    net = mlp()
+    with EpsilonPlus().on(net) as m, torch.no_grad():
+        assert m(X).equal(net(X))
+        assert not m(X).requires_grad
+
+
+def test_threads():
+    net, found = mlp(), {}
+    plain = flow(net, X)
+    with Composite({nn.Linear: ZPlusRule()}).on(net, convention="relevance") as m:
+        thread = threading.Thread(target=lambda: found.update(other=flow(net, X)))
+        thread.start()
+        thread.join()
+        here = flow(m, X)
+    assert found["other"].equal(plain)
+    assert not here.equal(plain)
+
+
+def test_frozen_parameters_and_low_precision():
+    net = mlp().requires_grad_(False)
+    expected = flow(EpsilonPlus().on(net, "relevance"), X)
+    assert expected.equal(flow(EpsilonPlus().on(mlp(), "relevance"), X))
+    found = flow(EpsilonPlus().on(net.bfloat16(), "relevance"), X.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+
+
+def test_mixtures_are_refused():
+    net = mlp()
+    with pytest.raises(BadValue, match=r"mix two conventions[\s\S]*GuidedBackpropRule\(\) at '1'[\s\S]*at '0'"):
+        Composite({nn.Linear: EpsilonRule(), nn.ReLU: GuidedBackpropRule()}).on(net)
+    first, second = EpsilonRule().on(net[0], convention="relevance"), EpsilonRule().on(net[2])
+    with first, second, pytest.raises(BadValue, match=r"two contexts mix two conventions"):
+        net(X.clone().requires_grad_())
+
+
+def test_programs_add_up():
+    net = TensorDictModule(mlp(), ["x"], ["y"])
+    with (Composite({nn.Linear: ZPlusRule(), nn.ReLU: IgnoreRule()}) + Capture("0")).on(net) as m:
+        td = m(TensorDict(x=X.clone().requires_grad_(), batch_size=[5]))
+    assert td["activation", "0"].shape == (5, 6)
+    assert td["y"].requires_grad

@@ -1,0 +1,197 @@
+"""LRP as an explainer: entries and sites, many targets, starts, the report, compiling, kinds of policies."""
+
+import pytest
+import torch
+from lrp.nets import TransformerBlock, as_td
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
+
+import tdconcepts as tdc
+from tdconcepts import Site, Target
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.lrp import (
+    CPLRP,
+    LRP,
+    AttnLRP,
+    Composite,
+    EpsilonAlpha2Beta1Flat,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    EpsilonRule,
+    FlatRule,
+)
+
+
+def mlp():
+    return as_td(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double())
+
+
+def cnn():
+    layers = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten()
+    return as_td(nn.Sequential(*layers, nn.Linear(16, 3)).double())
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(-2)
+
+
+def transformer(bias=True):
+    blocks = TransformerBlock(bias=bias), TransformerBlock(bias=bias)
+    return as_td(nn.Sequential(*blocks, Mean(), nn.Linear(8, 3, bias=bias)).double())
+
+
+SHAPES = {mlp: (4,), cnn: (1, 8, 8), transformer: (5, 8)}
+CASES = [
+    (mlp, EpsilonPlusFlat()),
+    (cnn, EpsilonAlpha2Beta1Flat()),
+    (cnn, EpsilonPlus()),
+    (transformer, AttnLRP()),
+    (transformer, CPLRP()),
+]
+
+
+def batch(make, n=3):
+    torch.manual_seed(1)
+    return TensorDict(x=torch.randn(n, *SHAPES[make], dtype=torch.float64), batch_size=[n])
+
+
+def explained(net, composite, target, td, *args, **options):
+    return LRP(net, composite, target, *args, **options)(td.copy())["attribution", "x"]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize(("make", "composite"), CASES)
+def test_many_targets_are_each_target(make, composite, convention):
+    net, td = make(), batch(make)
+    together = explained(net, composite, Target("logits", [0, 2]), td, convention=convention)
+    for i, target in enumerate((0, 2)):
+        one = explained(net, composite, Target("logits", target), td, convention=convention)
+        assert together[:, i].allclose(one, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("target", [Target("logits", 1), Target("logits", [0, 1])], ids=["one", "two"])
+@pytest.mark.parametrize(("make", "composite"), CASES[:-1])
+def test_compiled_in_one_graph(make, composite, target):
+    torch._dynamo.reset()
+    net, td = make(), batch(make)
+    explainer = LRP(net, composite, target)
+    expected = explainer(td.copy())["attribution", "x"]
+    found = torch.compile(explainer, fullgraph=True, backend="eager")(td.copy())["attribution", "x"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_sites(convention):
+    net, td = cnn(), batch(cnn)
+    wrt = ["x", Site("0", "input"), Site("1"), Site("4")]
+    td = LRP(net, EpsilonPlus(), Target("logits", 1), wrt, outputs=True, convention=convention)(td)
+    assert td["attribution", "x"].allclose(td["attribution", "0:in"])
+    head = net.module[6]
+    activation = net.module[:5](td["x"]).flatten(1)
+    value = td["logits"][:, 1:2]
+    wanted = activation * head.weight[1] * value / (value + value.sign() * 1e-6)
+    assert td["attribution", "4"].flatten(1).allclose(wanted)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_starts(convention):
+    net, td = mlp(), batch(mlp)
+    value = explained(net, EpsilonPlus(), Target("logits", 1), td, convention=convention)
+    ones = explained(net, EpsilonPlus(), Target("logits", 1), td, convention=convention, start="ones")
+    assert value.allclose(ones * net(td)["logits"][:, 1:2])
+
+
+def test_zero_inputs_get_flat_relevance():
+    net, td = mlp(), batch(mlp)
+    td["x"][:, 0] = 0
+    for convention in ("gradient", "relevance"):
+        found = explained(net, EpsilonPlusFlat(), Target("logits", 1), td, convention=convention)
+        assert found.allclose(found[:, :1].expand(3, 4))
+        assert (found != 0).all()
+
+
+def test_conservation_of_cp_lrp_without_biases():
+    net, td = transformer(bias=False), batch(transformer)
+    found = explained(net, CPLRP(), Target("logits", 1), td).sum((1, 2))
+    assert (found / net(td)["logits"][:, 1] - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_the_report(convention):
+    net, td = cnn(), batch(cnn)
+    explainer = LRP(net, EpsilonPlus(), Target("logits", 1), convention=convention, check=True)
+    found = explainer(td.copy())["attribution", "x"]
+    assert found.equal(explained(net, EpsilonPlus(), Target("logits", 1), td, convention=convention))
+    lines = explainer.report.lines
+    assert list(lines) == ["6", "4", "3", "1", "0"] or set(lines) == {"0", "1", "3", "4", "6"}
+    assert lines["0"].r_in == pytest.approx(float(found.sum()))
+    assert lines["6"].r_out == pytest.approx(float(net(td)["logits"][:, 1].sum().detach()))
+    assert lines["1"].kept == pytest.approx(1)
+
+
+def test_chunks_create_graph_and_batch_dims():
+    net, td = mlp(), batch(mlp, 4)
+    whole = explained(net, EpsilonPlus(), Target("logits", [0, 1]), td)
+    assert whole.allclose(explained(net, EpsilonPlus(), Target("logits", [0, 1]), td, chunk_size=3))
+    assert explained(net, EpsilonPlus(), Target("logits", [0, 1]), td.reshape(2, 2)).flatten(0, 1).allclose(whole)
+    assert explained(net, EpsilonPlus(), Target("logits", 1), td, create_graph=True).requires_grad
+
+
+def test_recurrent_and_attention_policies():
+    class Policy(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body, self.head = body, nn.Linear(8, 2, bias=False)
+
+        def forward(self, x):
+            out = self.body(x)
+            return self.head((out[0] if isinstance(out, tuple) else out)[:, -1])
+
+    td = batch(transformer)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, bias=False)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for body in (nn.LSTM(8, 8, batch_first=True, bias=False), nn.GRU(8, 8, batch_first=True, bias=False), encoder):
+        net = as_td(Policy(body).double().eval())
+        value = net(td.copy())["logits"][:, 1]
+        found = explained(net, CPLRP(1e-12), Target("logits", 1), td).sum((1, 2))
+        assert found.allclose(value, rtol=1e-4), type(body)
+
+
+def test_embeddings():
+    body = TensorDictModule(nn.Embedding(7, 4), ["tokens"], ["embedded"])
+    head = TensorDictModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), ["embedded"], ["logits"])
+    net, td = TensorDictSequential(body, head), TensorDict(tokens=torch.tensor([[1, 2, 3]]), batch_size=[1])
+    with pytest.raises(BadType, match="no gradient"):
+        LRP(net, EpsilonPlus(), Target("logits", 1))(td)
+    td = LRP(net, EpsilonPlus(), Target("logits", 1), Site("0"))(td)
+    assert td["attribution", "0"].shape == (1, 3, 4)
+
+
+def test_refusals():
+    net = mlp()
+    with pytest.raises(BadType, match=r"Composite\(\{nn\.Linear"):
+        LRP(net, EpsilonRule(), Target("logits", 1))
+    with pytest.raises(BadType, match="needs a composite"):
+        LRP(net, Target("logits", 1), Target("logits", 1))
+    with pytest.raises(BadValue, match="no such start"):
+        LRP(net, EpsilonPlus(), Target("logits", 1), start="two")
+    with pytest.raises(BadType, match="no option"):
+        LRP(net, EpsilonPlus(), Target("logits", 1), epsilon=1)
+    with pytest.raises(BadType, match="bare"):
+        LRP(net.module, EpsilonPlus(), Target("logits", 1))
+    with pytest.raises(BadValue, match="middle of the model"):
+        explained(net, EpsilonPlus() | {"2": FlatRule()}, Target("logits", 1), batch(mlp))
+    with pytest.raises(BadValue, match="without a rule"):
+        LRP(net, Composite({nn.ReLU: EpsilonRule()}), Target("logits", 1))
+
+
+def test_an_explained_policy_is_a_policy():
+    net, td = mlp(), batch(mlp)
+    out = LRP(net, EpsilonPlus(), Target("logits", "argmax"), outputs=True)(td)
+    assert out["logits"].equal(net(td)["logits"])
+    assert tdc.Target("logits", 1) == Target("logits", 1)

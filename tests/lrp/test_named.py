@@ -1,0 +1,144 @@
+"""The named composites: reference cases, Zennit on VGG11 and ResNet18, and conservation without biases."""
+
+import pytest
+import torch
+from lrp.cases import case, close, convolution, linear
+from lrp.nets import ResNet18, as_td, prepared, vgg11
+from oracles import oracle
+from tensordict import TensorDict
+from torch import nn
+
+from tdconcepts import Target
+from tdconcepts.lrp import (
+    CPLRP,
+    LRP,
+    AttnLRP,
+    BaseRuleMapper,
+    EpsilonAlpha2Beta1,
+    EpsilonAlpha2Beta1Flat,
+    EpsilonGammaBox,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    EpsilonRule,
+    ExcitationBackprop,
+    FoldedBatchNorm,
+    UniformEpsilon,
+)
+
+
+def cnn(c, norm=False):
+    first, second = (convolution(c, nn.Conv2d, f"c{i}w", f"c{i}b") for i in (1, 2))
+    first.padding = second.padding = (1, 1)
+    layers = [first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    layers += [linear(c["l1w"], c["l1b"]), nn.ReLU(), linear(c["l2w"], c["l2b"])]
+    if norm:
+        bn = nn.BatchNorm2d(4).double().eval()
+        bn.weight.data, bn.bias.data, bn.running_mean, bn.running_var = c["bw"], c["bb"], c["bm"], c["bv"]
+        layers.insert(1, bn)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("convention", ["relevance", "gradient"])
+@pytest.mark.parametrize(
+    ("name", "composite"),
+    [
+        ("cnn_EpsilonPlus", EpsilonPlus()),
+        ("cnn_EpsilonGammaBox", EpsilonGammaBox(-1.5, 1.5)),
+        ("bncnn_merged_EpsilonPlus", EpsilonPlus() | FoldedBatchNorm()),
+    ],
+)
+def test_reference_of_cnns(name, composite, convention):
+    c = case(name)
+    net = cnn(c, "bncnn" in name)
+    x = c["x"].clone().requires_grad_()
+    with composite.on(net, convention=convention) as m:
+        out = m(x)
+    start = c["r_out"] if convention == "relevance" else c["r_out"] / out.detach()
+    (found,) = torch.autograd.grad(out, x, start)
+    found = found * x.detach() if convention == "gradient" and composite.first is None else found
+    close(found, c["r_in"], 1e-6 if convention == "relevance" else 1e-4)
+
+
+def test_reference_of_an_mlp():
+    c = case("mlp_EpsilonPlusFlat")
+    net = nn.Sequential(*(part for i in (1, 2, 3) for part in (linear(c[f"w{i}"], c[f"b{i}"]), nn.ReLU())))[:-1]
+    for convention in ("relevance", "gradient"):
+        x = c["x"].clone().requires_grad_()
+        with EpsilonPlusFlat().on(net, convention=convention) as m:
+            out = m(x)
+        start = c["r_out"] if convention == "relevance" else c["r_out"] / out.detach()
+        close(torch.autograd.grad(out, x, start)[0], c["r_in"], 1e-6)
+
+
+class Residual(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv, self.fc = convolution(c, nn.Conv2d, "rw", "rb"), linear(c["fw"], c["fb"])
+        self.conv.padding = (1, 1)
+
+    def forward(self, x):
+        return self.fc((torch.relu(self.conv(x)) + x).flatten(1))
+
+
+def test_reference_of_a_residual():
+    c = case("residual_EpsilonPlus")
+    net, x = Residual(c), c["x"].clone().requires_grad_()
+    assert net(x).allclose(c["y"])
+    with EpsilonPlus().on(net, convention="relevance") as m:
+        close(torch.autograd.grad(m(x), x, c["r_out"])[0], c["r_in"], 1e-6)
+
+
+COMPOSITES = {
+    "EpsilonPlus": (EpsilonPlus(), {}),
+    "EpsilonPlusFlat": (EpsilonPlusFlat(), {}),
+    "EpsilonAlpha2Beta1": (EpsilonAlpha2Beta1(), {}),
+    "EpsilonAlpha2Beta1Flat": (EpsilonAlpha2Beta1Flat(), {}),
+    "EpsilonGammaBox": (EpsilonGammaBox(-3.0, 3.0), {"low": -3.0, "high": 3.0}),
+    "ExcitationBackprop": (ExcitationBackprop(), {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", COMPOSITES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_zennit_on_vgg11(name, norm):
+    """Zennit 0.5.1."""
+    composites = oracle("zennit.composites")
+    net = prepared(vgg11(norm, width=4))
+    ours, options = COMPOSITES[name]
+    x, r = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randn(2, 10, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    bounds = {k: torch.full_like(x, v) for k, v in options.items()}
+    with getattr(composites, name)(**bounds).context(net) as m:
+        (wanted,) = torch.autograd.grad(m(leaf), leaf, r)
+    leaf = x.clone().requires_grad_()
+    with ours.on(net, convention="relevance") as m:
+        close(torch.autograd.grad(m(leaf), leaf, r)[0], wanted, 1e-9)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize(
+    ("composite", "bias"),
+    [
+        (EpsilonPlus(), False),
+        (EpsilonPlusFlat(), False),
+        (EpsilonAlpha2Beta1Flat(), False),
+        (EpsilonPlusFlat() | FoldedBatchNorm(), False),
+        (UniformEpsilon(1e-6), False),
+    ],
+)
+@pytest.mark.parametrize("net", ["vgg11", "vgg11bn", "resnet18"])
+def test_conservation_without_biases(net, composite, bias, convention):
+    torch.manual_seed(1)
+    model = {"vgg11": lambda: vgg11(width=32), "vgg11bn": lambda: vgg11(True, width=32), "resnet18": ResNet18}[net]()
+    model = prepared(model, bias)
+    td = TensorDict(x=torch.randn(2, 3, 32, 32, dtype=torch.float64), batch_size=[2])
+    td = LRP(as_td(model), composite, Target("logits", "argmax"), convention=convention, outputs=True)(td)
+    kept = td["attribution", "x"].sum((1, 2, 3)) / td["logits"].amax(1)
+    assert (kept - 1).abs().median() < 4e-3  # narrow nets have small values, of which the stabiliser takes more
+
+
+def test_what_they_share():
+    assert BaseRuleMapper(0.5).operations["matmul"].epsilon == 0.5
+    assert EpsilonPlus(rule_mapper={"0": EpsilonRule(7.0)}).rules[0] == ("0", EpsilonRule(7.0))
+    assert CPLRP().operations["linear"] == AttnLRP().operations["linear"] == EpsilonRule(0.0)

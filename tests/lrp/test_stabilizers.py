@@ -1,0 +1,30 @@
+"""Stabilisers: signed, with sign(0) = +1; clip, norm-scaled, callable."""
+
+import pytest
+import torch
+
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.lrp import Stabilizer
+from tdconcepts.lrp.stabilizers import check_stabilizer, stabilized
+
+
+def test_kinds():
+    z = torch.tensor([[-2.0, -1e-9, 0.0, 1e-9, 2.0]], dtype=torch.float64)
+    e = 0.25
+    sign = torch.tensor([[-1.0, -1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    assert stabilized(z, e).equal(z + e * sign)
+    assert (z / stabilized(z, 0)).equal((z != 0).double())
+    assert Stabilizer(e)(z).equal(z + e * sign)
+    assert Stabilizer(e, clip=True)(z).equal(sign * z.abs().clamp(min=e))
+    size = z.square().mean(1, keepdim=True).sqrt()
+    assert Stabilizer(e, norm_scale=True)(z).allclose(z + e * size * sign)
+    assert Stabilizer(e, clip=True, norm_scale=True)(z).allclose(sign * torch.maximum(z.abs(), e * size))
+    assert Stabilizer(e, norm_scale=True, dims=(0,))(z).allclose(z + e * z.abs() * sign)
+    assert stabilized(z, lambda z: z + 7).equal(z + 7)
+
+
+def test_bad():
+    with pytest.raises(BadValue, match="epsilon"):
+        Stabilizer(-1.0)
+    with pytest.raises(BadType, match="stabiliser"):
+        check_stabilizer("1e-6")
