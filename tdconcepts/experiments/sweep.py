@@ -151,9 +151,7 @@ class Sweep(TensorDictModuleBase):
         with torch.no_grad():
             work = self._work(tensordict)
             decision, _ = self._decide(work)
-            from torch.utils.flop_counter import FlopCounterMode  # importing it makes loggers
-
-            with FlopCounterMode(display=False) as counter:
+            with _flop_counter() as counter:
                 self._run(work, decision)
             spent, ideal = counter.get_total_flops(), self._ideal(work, decision.table)
         chunks = decision.chunks
@@ -292,7 +290,7 @@ class Sweep(TensorDictModuleBase):
     def _ideal(self, td: TensorDictBase, table: Table) -> float:
         """Operations of one forward, and of what follows the first change of each experiment."""
         seen: dict[Where, int] = {}
-        with FlopCounterMode(display=False) as counter:
+        with _flop_counter() as counter:
             steps = [
                 Step(place, _Count(where, counter, seen), every=True)
                 for where, place in dict(itertools.chain(*self._places.values())).items()
@@ -326,8 +324,14 @@ class _Look:
         return value
 
 
+def _flop_counter() -> Any:
+    from torch.utils.flop_counter import FlopCounterMode  # here, because importing it makes loggers
+
+    return FlopCounterMode(display=False)
+
+
 class _Count:
-    def __init__(self, where: Where, counter: FlopCounterMode, seen: dict[Where, int]) -> None:
+    def __init__(self, where: Where, counter: Any, seen: dict[Where, int]) -> None:
         self.where, self.counter, self.seen = where, counter, seen
 
     def __call__(self, value: Tensor, run: Run) -> Tensor:

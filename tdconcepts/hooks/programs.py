@@ -155,6 +155,9 @@ class Patch(_Adds):
             :class:`Ablate`) or callables ``(value, td) -> value``. Where a module runs several times each call is
             edited, unless the site says which.
 
+    Edits act while the context is entered. A model that recomputes activations in its backward
+    (``torch.utils.checkpoint``) must therefore be pulled back inside the context.
+
     Raises:
         BadKey: a path or an entry that does not exist.
         BadValue: at the call: an edit that changes the shape, a site that never ran.
