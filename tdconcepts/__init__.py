@@ -1,6 +1,6 @@
 """TensorDict-native hooks for interpretability: explain, intervene, experiment."""
 
-from tdconcepts import concepts, experiments, perturbation, rl
+from tdconcepts import concepts, experiments, lrp, perturbation, rl
 from tdconcepts.attribution import (
     Absolute,
     Conductance,
@@ -47,6 +47,7 @@ from tdconcepts.interventions import (
     UniformPolicy,
     intervene,
 )
+from tdconcepts.lrp import LRP
 from tdconcepts.perturbation import (
     FeatureAblation,
     FeaturePermutation,
@@ -60,6 +61,7 @@ from tdconcepts.perturbation import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "LRP",
     "Ablate",
     "Absolute",
     "Add",
@@ -120,6 +122,7 @@ __all__ = [
     "every",
     "experiments",
     "intervene",
+    "lrp",
     "patch",
     "perturbation",
     "rl",
