@@ -111,13 +111,12 @@ class SmoothGrad(TensorDictModuleBase):
         rows = rows_of(inputs, self.chunk_size, keys)
         pieces = [(index, part, _Moments()) for index, part in slices(inputs, rows)]
         for group in groups(self.n_iter, rows, inputs.numel()):
-            noise = self._draw(tensordict, scales, group)
+            noisy = self._noisy_values(tensordict, scales, group)
             for index, part, moments in pieces:
                 n, batch = len(group), part.batch_size
                 many = expand(part, n, others)
-                for key, drawn in noise.items():
-                    mine = drawn if index is ... else drawn[:, index]
-                    many.set(key, spread(part.get(key) + mine, n, batch))
+                for key, moved in noisy.items():
+                    many.set(key, spread(moved if index is ... else moved[:, index], n, batch))
                 many = self.explainer(many)
                 for key in self.out_keys:
                     moments.add(key, gather(many.get(key), n, batch))
@@ -134,26 +133,28 @@ class SmoothGrad(TensorDictModuleBase):
     def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
         return moments.mean(key)
 
-    def _scales(self, td: TensorDictBase) -> dict[NestedKey, Tensor | float]:
-        scales: dict[NestedKey, Tensor | float] = {}
+    def _scales(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """What the noise level is in units of: the range of each row, or one."""
+        scales: dict[NestedKey, Tensor] = {}
         for key in self._noisy:
             value = td.get(key)
             if value is None:
                 raise BadKey(f"no entry {key_text(key)} to add noise to", got=f"entries {list(td.keys(True, True))}")
             if not value.is_floating_point():
                 continue
-            scales[key] = self.noise_level
-            if self.relative and value.numel():
-                row = value.flatten(td.batch_dims) if value.ndim > td.batch_dims else value.unsqueeze(-1)
-                if row.shape[-1] == 1 and self.noise_level:
-                    raise BadValue(
-                        f"a row of {key_text(key)} is one number, so it has no range",
-                        got=f"shape {list(value.shape)}",
-                        needed="a noise level in the units of the entry",
-                        fix="relative=False",
-                    )
-                low, high = row.detach().aminmax(dim=-1)
-                scales[key] = self.noise_level * (high - low).reshape(high.shape + (1,) * (value.ndim - td.batch_dims))
+            if not self.relative or not value.numel():
+                scales[key] = value.new_ones(())
+                continue
+            row = value.flatten(td.batch_dims) if value.ndim > td.batch_dims else value.unsqueeze(-1)
+            if row.shape[-1] == 1 and self.noise_level:
+                raise BadValue(
+                    f"a row of {key_text(key)} is one number, so it has no range",
+                    got=f"shape {list(value.shape)}",
+                    needed="a noise level in the units of the entry",
+                    fix="relative=False",
+                )
+            low, high = row.detach().aminmax(dim=-1)
+            scales[key] = (high - low).reshape(high.shape + (1,) * (value.ndim - td.batch_dims))
         if not scales:
             raise BadType(
                 "there is nothing to add noise to",
@@ -163,11 +164,21 @@ class SmoothGrad(TensorDictModuleBase):
             )
         return scales
 
-    def _draw(
-        self, td: TensorDictBase, scales: Mapping[NestedKey, Tensor | float], group: range
+    def _noisy_values(
+        self, td: TensorDictBase, scales: Mapping[NestedKey, Tensor], group: range
     ) -> dict[NestedKey, Tensor]:
-        """The noise of the draws in ``group``, ``[n, *B, ...]``; a draw is always made for the whole batch at once."""
+        """The entries with the noise of the draws in ``group``, ``[n, *B, ...]``, for the whole batch at once."""
         values = {key: td.get(key) for key in scales}
+        drawn = self._draw(td, values, group)
+        noisy = {
+            key: torch.addcmul(value, drawn[key].to(value.device), scales[key], value=self.noise_level)
+            for key, value in values.items()
+        }
+        if self.include_clean and group.start == 0:
+            noisy = {key: torch.cat([values[key].unsqueeze(0), each[1:]]) for key, each in noisy.items()}
+        return noisy
+
+    def _draw(self, td: TensorDictBase, values: Mapping[NestedKey, Tensor], group: range) -> dict[NestedKey, Tensor]:
         if isinstance(self.noise, torch.Generator):
             shapes = {key: (len(group), *value.shape) for key, value in values.items()}
             home = self.noise.device
@@ -175,14 +186,10 @@ class SmoothGrad(TensorDictModuleBase):
             for one in zip(*(many.unbind(0) for many in drawn.values()), strict=True):
                 for tensor in one:
                     tensor.normal_(generator=self.noise)
-        elif self.noise is None:
-            drawn = {key: torch.randn_like(v.expand(len(group), *v.shape)) for key, v in values.items()}
-        else:
-            drawn = {key: self._given(td, key, v)[group.start : group.stop] for key, v in values.items()}
-        noise = {key: drawn[key].to(value.device) * scales[key] for key, value in values.items()}
-        if self.include_clean and group.start == 0:
-            noise = {key: torch.cat([torch.zeros_like(each[:1]), each[1:]]) for key, each in noise.items()}
-        return noise
+            return drawn
+        if self.noise is None:
+            return {key: torch.randn_like(v.expand(len(group), *v.shape)) for key, v in values.items()}
+        return {key: self._given(td, key, v)[group.start : group.stop] for key, v in values.items()}
 
     def _given(self, td: TensorDictBase, key: NestedKey, value: Tensor) -> Tensor:
         group = td.get(self.noise)
@@ -281,30 +288,27 @@ def _is_level(noise_level: object) -> bool:
 
 
 class _Moments:
-    """Running mean and squared deviation of each entry, in groups, around the first draw (so equal draws give zero)."""
+    """Running mean and variance of each entry, in groups, around the first draw (so equal draws give zero)."""
 
     def __init__(self) -> None:
         self.state: dict[NestedKey, tuple[int, Tensor, Tensor, Tensor]] = {}
 
     def add(self, key: NestedKey, group: Tensor) -> None:
-        m = len(group)
-        pivot = self.state[key][1] if key in self.state else group[0]
+        m, known = len(group), self.state.get(key)
+        pivot = group[0] if known is None else known[1]
         wide = torch.promote_types(pivot.dtype, torch.float32)
-        moved = group.to(wide) - pivot.to(wide)
-        ours = moved.mean(0)
-        squares = (moved - ours).square().sum(0)
-        if key not in self.state:
-            self.state[key] = (m, pivot, ours, squares)
-            return
-        n, _, mean, before = self.state[key]
-        delta = ours - mean
-        squares = before + squares + delta.square() * (n * m / (n + m))
-        self.state[key] = (n + m, pivot, mean + delta * (m / (n + m)), squares)
+        variance, mean = torch.var_mean(group.to(wide) - pivot.to(wide), 0, correction=0)
+        if known is not None:
+            n, _, before, spread = known
+            m, share, delta = n + m, m / (n + m), mean - before
+            mean = before + share * delta
+            variance = (1 - share) * spread + share * variance + share * (1 - share) * delta.square()
+        self.state[key] = (m, pivot, mean, variance)
 
     def mean(self, key: NestedKey) -> Tensor:
         _, pivot, mean, _ = self.state[key]
         return (pivot + mean).to(pivot.dtype)
 
     def variance(self, key: NestedKey) -> Tensor:
-        n, pivot, _, squares = self.state[key]
-        return (squares / n).to(pivot.dtype)
+        _, pivot, _, variance = self.state[key]
+        return variance.to(pivot.dtype)
