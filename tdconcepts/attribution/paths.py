@@ -166,7 +166,7 @@ class IntegratedGradients(TensorDictModuleBase):
             pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
             for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
                 each = gather(gradient, n, batch)
-                weights = self._rule_as(each.dtype, each.device)[1][some]
+                weights = _cut(self._rule_as(each.dtype, each.device)[1], some)
                 part = torch.tensordot(weights, each.to(weights.dtype), 1)
                 totals[w] = part if w not in totals else totals[w] + part
         steps = {w: pick(step, w.index, lead) if isinstance(w, Site) else step for w, step in steps.items()}
@@ -191,7 +191,7 @@ class IntegratedGradients(TensorDictModuleBase):
         return found
 
     def _points(self, start: Tensor | None, step: Tensor, some: slice) -> Tensor:
-        alphas = self._rule_as(step.dtype, step.device)[0][some]
+        alphas = _cut(self._rule_as(step.dtype, step.device)[0], some)
         moved = alphas.view(-1, *[1] * step.ndim) * step
         return moved if start is None else start + moved
 
@@ -284,6 +284,10 @@ def _as_tensors(
     points, weights = rule
     wide = torch.promote_types(dtype, torch.float32)
     return torch.tensor(points, dtype=dtype, device=device), torch.tensor(weights, dtype=wide, device=device)
+
+
+def _cut(values: Tensor, some: slice) -> Tensor:
+    return values if some.stop - some.start == len(values) else values[some]  # most paths are one piece
 
 
 def _name(w: Wrt) -> NestedKey:

@@ -63,11 +63,13 @@ def rows_of(td: TensorDictBase, chunk_size: int | None, keys: Iterable[NestedKey
     """
     if chunk_size is not None:
         return chunk_size
+    size, budget = 0, _BUDGET["cpu"]
+    for key in keys:
+        value = td.get(key)
+        if isinstance(value, Tensor):
+            size, budget = size + value.numel(), budget if value.is_cpu else _BUDGET["cuda"]
     rows = max(1, td.numel())
-    values = [value for value in map(td.get, keys) if isinstance(value, Tensor)]
-    size = sum(value.numel() for value in values) / rows
-    budget = _BUDGET["cpu" if not values or values[0].device.type == "cpu" else "cuda"]
-    return max(rows, min(_MOST_ROWS, int(budget / max(1.0, size))))
+    return max(rows, min(_MOST_ROWS, budget * rows // max(rows, size)))
 
 
 def slices(td: TensorDictBase, rows: int) -> Iterator[tuple[Any, TensorDictBase]]:

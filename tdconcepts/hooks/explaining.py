@@ -67,6 +67,7 @@ class Explaining:
         self.outputs = bool(options.get("outputs", False))
         self.create_graph = bool(options.get("create_graph", False))
         self.out_key = as_key(options.get("out_key", ATTRIBUTION))
+        self._room = join(self.out_key)[0]
         self.pullback = Pullback(module, target, wrt, whole=self.outputs, rules=rules)
         self.in_keys = self.pullback.in_keys
         self.attribution_keys: list[NestedKey] = [as_key(join(self.out_key, name)) for name in self.pullback.names]
@@ -119,11 +120,10 @@ class Explaining:
 
     def _check_room(self, td: TensorDictBase) -> None:
         """Raise, before anything is computed, where an entry has the name of the group that results go to."""
-        first = join(self.out_key)[0]
-        entry = td.get(first)
+        entry = td.get(self._room)
         if isinstance(entry, Tensor):
             raise BadKey(
-                f"{key_text(first)} is an entry, and can't be a group of entries too",
+                f"{key_text(self._room)} is an entry, and can't be a group of entries too",
                 got=f"shape {list(entry.shape)}",
                 needed="another name for the results",
                 fix='out_key="why"',

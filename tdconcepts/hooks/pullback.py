@@ -170,7 +170,7 @@ class Pullback:
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
         with differentiable():
-            work = dense(td, self.reads(td))
+            work = dense(td, [key for key in self.reads(td) if key not in self._entries])
             leaves: dict[Wrt, Tensor] = {}
             for key in self._entries:
                 leaves[key] = leaf = new_leaf(points[key] if key in points else td.get(key), create_graph)
