@@ -54,6 +54,7 @@ from tdconcepts.interventions import (
     UniformPolicy,
     intervene,
 )
+from tdconcepts.lrp import LRP, EpsilonPlus, EpsilonPlusFlat
 from tdconcepts.perturbation import (
     FeatureAblation,
     FeaturePermutation,
@@ -372,7 +373,35 @@ EXPLAINERS = [
     ),
 ]
 
+RELEVANCE = [
+    explainer("LRP by EpsilonPlus", lambda w: LRP(w.model, EpsilonPlus(), argmax(w), **w.chunk)),
+    explainer(
+        "LRP of several targets, to entries and sites",
+        lambda w: LRP(
+            w.model, EpsilonPlus(), Target(w("logits"), [0, 2]), [w("observation"), Site("0.0"), w("hidden")], **w.chunk
+        ),
+        "0.0",
+        "0",
+    ),
+    explainer(
+        "LRP in the relevance convention, with outputs",
+        lambda w: LRP(
+            w.model,
+            EpsilonPlusFlat(),
+            Target(w("logits"), by=w("action")),
+            convention="relevance",
+            outputs=True,
+            **w.chunk,
+        ),
+    ),
+]
+
 CONTEXTS = [
+    row(
+        "composite of rules",
+        lambda w: EpsilonPlus().on(w.model),
+        detached="it changes the backward pass, and keeps the graph for it",
+    ),
     row("capture", lambda w: tdc.capture(w.model, "0.*", Site("2.0", "input"))),
     row(
         "capture with gradients",
@@ -507,7 +536,7 @@ EXPERIMENTS = [
     ),
 ]
 
-TABLE = EXPLAINERS + CONTEXTS + STAGES + EXPERIMENTS
+TABLE = EXPLAINERS + RELEVANCE + CONTEXTS + STAGES + EXPERIMENTS
 
 
 def seeded(cls: type[nn.Module], w: World, *args: Any, **options: Any) -> nn.Module:

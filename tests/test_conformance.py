@@ -405,6 +405,7 @@ def test_state_dict(row):
 # ---------------------------------------------------------------------------------------- compile
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of an autograd.Function that it traces
 @law
 def test_compiled(row):
     """``torch.compile(fullgraph=True)`` works and equals eager."""

@@ -108,6 +108,8 @@ def by_channel(k: Tensor, layer: Any, weight: Tensor) -> Tensor:
 def _functional(call: Call, rule: Rule) -> Affine:
     name = operation_name(call.function)
     args, kwargs = list(call.args), call.kwargs
+    if name == "addmm" and len(args) == 3 and not kwargs and not depends(args[2]) and not depends(args[0]):
+        return _linear(args[1], args[2].t(), args[0])
     get = lambda i, key, default: args[i] if len(args) > i else kwargs.get(key, default)  # noqa: E731
     x, weight, bias = get(0, "input", None), get(1, "weight", None), get(2, "bias", None)
     if name not in _NAMES and name != "linear":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
@@ -221,10 +222,14 @@ def kind_text(kind: Kind) -> str:
 
 def _predicate(kind: Kind) -> Callable[[Any], bool]:
     if isinstance(kind, (type, tuple)):
-        return lambda module: isinstance(module, kind)
+        return functools.partial(_is_a, kind)
     if not callable(kind):
         raise BadKey("not a kind of module", got=repr(kind), needed="a type, a path, or a predicate of a module")
     return kind
+
+
+def _is_a(kind: Any, module: Any) -> bool:
+    return isinstance(module, kind)
 
 
 def _has_own_parameters(module: nn.Module) -> bool:

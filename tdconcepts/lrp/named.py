@@ -87,15 +87,18 @@ def _with(composite: Composite, more: More) -> Composite:
 
 def _layers(convolutions: Rule, dense: Rule, base: Composite, more: More, first: Any = None) -> Composite:
     names = [f"conv{t}{n}d" for n in (1, 2, 3) for t in ("", "_transpose")]
-    operations = {"linear": dense, **dict.fromkeys(names, convolutions)}
+    operations = {"linear": dense, "addmm": dense, **dict.fromkeys(names, convolutions)}
     rules = {is_convolution: convolutions, is_linear: dense}
     return _with(base | Composite(rules, operations, first), more)
 
 
 def _flat(first: bool, stabilizer: Stabilizing) -> Any:
-    layer = lambda layer: is_linear(layer) or is_convolution(layer)  # noqa: E731
-    layer.__name__ = "layer"
     return (layer, FlatRule(stabilizer)) if first else None
+
+
+def layer(module: Any) -> bool:
+    """A linear layer or a convolution."""
+    return is_linear(module) or is_convolution(module)
 
 
 def EpsilonPlus(  # noqa: N802

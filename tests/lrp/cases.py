@@ -55,6 +55,7 @@ def relevance(rule, module, inputs, r_out, convention="relevance"):
 
 def close(found, expected, tolerance=1e-9):
     """Relative to the largest number."""
+    found, expected = found.detach(), expected.detach()
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()) + 1e-15
 
