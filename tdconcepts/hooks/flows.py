@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-__all__ = ["backward_by", "changed", "depends", "is_inplace", "operation_name", "tensors"]
+__all__ = ["backward_by", "changed", "depends", "is_inplace", "operation_name", "tensors", "untransformed"]
 
 
 class _ByFormula(torch.autograd.Function):
@@ -115,6 +115,14 @@ def depends(value: Any) -> bool:
         if not node.next_functions:
             return True
     return bool(nodes)
+
+
+def untransformed(value: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at: no compiler and no function transform is at work."""
+    if is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.maybe_current_level() is None and not functorch.is_functorch_wrapped_tensor(value)
 
 
 def tensors(tree: Any) -> list[Tensor]:

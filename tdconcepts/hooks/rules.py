@@ -50,6 +50,10 @@ class Rule:
         """The output of ``call``, with the backward pass of this rule."""
         raise NotImplementedError
 
+    def prepare(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What an operation is called with, in the place of what it was given."""
+        return args, kwargs
+
     def is_plain(self, convention: Convention) -> bool:
         """Whether it is the ordinary backward pass, so that a layer needs no tap."""
         return False
@@ -257,6 +261,7 @@ class _Operate:
         given = (args, kwargs) = watched((args, kwargs), self.how, name, rule, "in")
         if rule.scaled and self.how.convention == "relevance":
             args, kwargs = changed(given, _Scale())
+        args, kwargs = rule.prepare(name, args, kwargs)
         output = func(*((args[0].clone(), *args[1:]) if target is not None else args), **kwargs)
         if any(value.is_floating_point() for value in tensors(output)):
             call = Call(name, func, args, kwargs, output, self.how)

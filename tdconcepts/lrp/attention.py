@@ -198,9 +198,14 @@ class AttentionRule(Rule):
             return self._module(call, call.module)
         if call.module is not None or call.name != "scaled_dot_product_attention":
             raise call.cannot(self, "it is no attention", "F.scaled_dot_product_attention or nn.MultiheadAttention")
-        args = _named(call.args, call.kwargs, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"))
-        z = F.scaled_dot_product_attention(**self._parts(args.pop("query"), args.pop("key"), args.pop("value")), **args)
-        return _as_epsilon(call, z)
+        return _as_epsilon(call, call.output) if call.carries_relevance else call.output
+
+    def prepare(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The attention of values whose flows are parted."""
+        if name != "scaled_dot_product_attention":
+            return args, kwargs
+        given = _named(args, kwargs, ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"))
+        return (), {**given, **self._parts(given["query"], given["key"], given["value"])}
 
     def _parts(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         if self.constant:

@@ -46,18 +46,16 @@ class LayerNormRule(Rule):
         shape, count, weight, eps = self._layout(call, x)
         rows, dims = x.reshape(shape), tuple(range(-count, 0))
         scale = (rows.var(dims, correction=0, keepdim=True) + eps).rsqrt()
-        scale = scale.expand(rows.shape).reshape(x.shape)
-        if weight is not None:
-            scale = scale * weight
         relevance, by = call.carries_relevance, self.epsilon
 
-        def formula(flow: Tensor, x: Tensor, scale: Tensor, *y: Tensor) -> tuple[Tensor]:
-            ratio = (flow / stabilized(y[0], by) if relevance else flow) * scale
-            parts = ratio.reshape(shape)
-            found = (parts - parts.mean(dims, keepdim=True)).reshape(x.shape)
-            return (x * found if relevance else found,)
+        def formula(flow: Tensor, scale: Tensor, *kept: Tensor) -> tuple[Tensor]:
+            ratio = flow / stabilized(kept[1], by) if relevance else flow
+            parts = (ratio if weight is None else ratio * weight).reshape(shape)
+            found = ((parts - parts.mean(dims, keepdim=True)) * scale).reshape(flow.shape)
+            return (kept[0] * found if relevance else found,)
 
-        return backward_by(formula, call.output, [x], scale, *([call.saved(call.output)] if relevance else []))
+        kept = [x, call.saved(call.output)] if relevance else []
+        return backward_by(formula, call.output, [x], scale, *kept, keep=False)
 
     def _layout(self, call: Call, x: Tensor) -> tuple[list[int], int, Tensor | None, float]:
         """The shape in which the last dims are normalised together, how many they are, the weight, and eps."""

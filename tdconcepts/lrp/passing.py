@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdconcepts.hooks.flows import backward_by, changed, depends
+from tdconcepts.hooks.flows import backward_by, changed, depends, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
 
@@ -282,9 +282,10 @@ class PseudoIdentityRule(Rule):
             return backward_by(_same, z, inputs, keep=False)
         if _is_relu(call):
             return z
-        return backward_by(
-            functools.partial(_pseudo, self.epsilon), z, [inputs[0], z], inputs[0], call.saved(z), keep=False
-        )
+        x, saved = inputs[0], call.saved(z)
+        if untransformed(x) and not bool((x.detach().abs() <= self.epsilon).any()):
+            return backward_by(functools.partial(_quotient, self.epsilon), z, [x], saved)
+        return backward_by(functools.partial(_pseudo, self.epsilon), z, [x, z], x, saved, keep=False)
 
 
 def _pseudo(by: float, flow: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

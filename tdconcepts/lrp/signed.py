@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.flows import backward_by
+from tdconcepts.hooks.flows import backward_by, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.affine import Affine, affine
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
@@ -156,7 +155,7 @@ class GammaRule(Rule):
 def _by_sides(rule: AlphaBetaRule | ZPlusRule | GammaRule, call: Call, formula: Callable[..., Tensor]) -> Tensor:
     view = affine(call, rule, rule.zero_params)
     z = call.output
-    positive = not is_compiling() and not _transformed(view.x) and bool((view.x.detach() >= 0).all())
+    positive = untransformed(view.x) and bool((view.x.detach() >= 0).all())
     simple = positive and isinstance(rule, ZPlusRule)
     changes = bool(rule.zero_params)
     saved = [] if simple and call.carries_relevance else [call.saved(z)]
@@ -240,8 +239,3 @@ def _gamma(gamma: float, by: Stabilizing, share: Tensor, x: Tensor, z: Tensor, v
     found = view.pull(torch.where(z > 0, s, -s) * (gamma / 2), size, x)
     found = found if positive else x.sgn() * found
     return view.pull(s * (1 + gamma / 2), weight, x) + found
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether a function transform is at work, under which values can't be looked at."""
-    return torch._C._functorch.maybe_current_level() is not None or torch._C._functorch.is_functorch_wrapped_tensor(x)
