@@ -1,9 +1,11 @@
-"""The one way to measure here: two forms that give equal numbers take turns, and the ratio of their medians counts.
+"""The one way to measure here: two forms that give equal numbers take turns, and the median of their ratio counts.
 
-What makes a ratio robust on a machine that others use too: one thread, processor time instead of the clock on the wall
-(nobody else's work counts), the forms alternated call by call (what slows the machine down hits both alike), no garbage
-collection, medians, and three rounds whose ratios are all shown. Each call gets a fresh copy of its TensorDict, made
-while no time is taken. ``make bench`` prints one table of all rows at its end; ``--benchmark-json=FILE`` keeps them.
+What makes a ratio robust on a machine that others use too: one thread; processor time instead of the clock on the wall
+(nobody else's work counts); the forms alternated call by call, and ratios taken of neighbouring calls (what slows the
+machine down hits both alike); medians; no garbage collection; three rounds, which are all shown. Each call gets a fresh
+copy of its TensorDict, made while no time is taken. A short call is timed right after an untimed one of the same form,
+so that nobody pays for caches that the other has filled: else one call of ours after 20 of a loop would look up to a
+third slower than it is. ``make bench`` prints one table of all rows at its end; ``--benchmark-json=FILE`` keeps them.
 """
 
 import dataclasses
@@ -22,8 +24,9 @@ from tensordict import TensorDictBase
 Form = Callable[[TensorDictBase], Any]
 
 ROUNDS, WARM_UP = 3, 5
-SECONDS = 0.6  # of samples for each round of a row
-FEWEST, MOST = 12, 400  # samples of each form in a round
+SECONDS = 0.5  # of timed calls for each round of a row
+FEWEST, MOST = 5, 400  # timed calls of each form in a round
+SHORT = 0.01  # seconds
 ROWS = pytest.StashKey[list["Row"]]()
 
 
@@ -93,7 +96,7 @@ class Compare:
         met = None if limit == math.inf else statistics.median(ratios) <= limit
         self.add(name if len(references) == 1 else f"{name} / {which}", *medians, ratios, aim, met)
         for peer, form in (peers or {}).items():
-            self.add(f"  {peer} instead of ours", *measured(form, references, batches)[1:])
+            self.add(f"  {peer} instead of ours", *measured(form, references, batches, rounds=1)[1:])
         self.benchmark.pedantic(ours, setup=lambda: ((batches[0].copy(),), {}), rounds=10)
 
     def add(
@@ -109,36 +112,36 @@ class Compare:
 
 
 def measured(
-    ours: Form, references: Mapping[str, Form], batches: Sequence[TensorDictBase]
+    ours: Form, references: Mapping[str, Form], batches: Sequence[TensorDictBase], rounds: int = ROUNDS
 ) -> tuple[str, float, float, list[float]]:
-    """Which reference is the fastest, the median seconds of ours and of it, and their ratio in each round."""
-    rounds = [alternate([ours, *references.values()], batches) for _ in range(ROUNDS)]
-    mine, *others = zip(*rounds, strict=True)
-    which, fastest = min(zip(references, others, strict=True), key=lambda pair: statistics.median(pair[1]))
-    ratios = [a / b for a, b in zip(mine, fastest, strict=True)]
-    return which, statistics.median(mine), statistics.median(fastest), ratios
+    """Which reference is the fastest, the median seconds of ours and of it, and the median ratio of each round."""
+    taken = [alternate([ours, *references.values()], batches) for _ in range(rounds)]
+    mine, *others = (statistics.median(column) for column in zip(*itertools.chain(*taken), strict=True))
+    fastest = others.index(min(others))
+    ratios = [statistics.median(turn[0] / turn[1 + fastest] for turn in turns) for turns in taken]
+    return list(references)[fastest], mine, others[fastest], ratios
 
 
-def alternate(forms: Sequence[Form], batches: Sequence[TensorDictBase]) -> list[float]:
-    """The median seconds of each form, in one round of taking turns."""
-    turns = itertools.cycle(batches)
-    start = time.process_time()
-    for _ in range(WARM_UP):
-        take_turns(forms, next(turns))
-    pass_seconds = (time.process_time() - start) / WARM_UP
-    samples = min(MOST, max(FEWEST, int(SECONDS / pass_seconds)))
+def alternate(forms: Sequence[Form], batches: Sequence[TensorDictBase]) -> list[list[float]]:
+    """The seconds of each form, for each of the turns of one round."""
+    turns = itertools.pairwise(itertools.cycle(batches))
+    once = min(sum(take_turns(forms, *next(turns))) for _ in range(WARM_UP))
+    samples = min(MOST, max(FEWEST, int(SECONDS / once)))
     gc.collect()
     gc.disable()
     try:
-        taken = [take_turns(forms, next(turns)) for _ in range(samples)]
+        return [take_turns(forms, *next(turns), twice=once < SHORT) for _ in range(samples)]
     finally:
         gc.enable()
-    return [statistics.median(times) for times in zip(*taken, strict=True)]
 
 
-def take_turns(forms: Iterable[Form], batch: TensorDictBase) -> list[float]:
+def take_turns(
+    forms: Iterable[Form], before: TensorDictBase, batch: TensorDictBase, twice: bool = False
+) -> list[float]:
     taken = []
     for form in forms:
+        if twice:
+            form(before.copy())
         given = batch.copy()
         start = time.process_time_ns()
         result = form(given)

@@ -25,8 +25,8 @@ def run_once() -> tuple[float, float]:
 @pytest.mark.benchmark(group="import")
 def test_import_time(compare):
     run_once()  # compiles the .pyc files
-    runs = [run_once() for _ in range(5)]
+    runs = [run_once() for _ in range(3)]
     below, ours = (statistics.median(column) for column in zip(*runs, strict=True))
     ratios = [ours / below for below, ours in runs]
     compare.add("import tdconcepts / torch and tensordict", ours, below, ratios, "ours < 300000 us", ours < 0.3)
-    compare.benchmark.pedantic(run_once, rounds=1)
+    compare.benchmark.pedantic(lambda: None)  # it was measured in processes of their own
