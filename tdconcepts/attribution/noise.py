@@ -297,7 +297,8 @@ class _Moments:
         m, known = len(group), self.state.get(key)
         pivot = group[0] if known is None else known[1]
         wide = torch.promote_types(pivot.dtype, torch.float32)
-        variance, mean = torch.var_mean(group.to(wide) - pivot.to(wide), 0, correction=0)
+        moved = group.to(wide) - pivot.to(wide)
+        variance, mean = torch.var_mean(moved, 0, correction=0) if moved.numel() else (moved.sum(0), moved.sum(0))
         if known is not None:
             n, _, before, spread = known
             m, share, delta = n + m, m / (n + m), mean - before
