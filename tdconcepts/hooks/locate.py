@@ -49,8 +49,8 @@ class anchor:  # noqa: N801 - used as capture and patch are
 
     ``torch.compile`` guards a module's hooks only where it has some: a hook that comes later is silently ignored. With
     an anchor at the sites, entering and leaving a context is noticed (one graph more for each set of edited sites).
-    Without one a context on a compiled model raises; a compiled *function* that calls the model can't be recognised, and
-    there only an anchor makes contexts work.
+    Without one a context on a compiled model raises; a compiled *function* that calls the model can't be recognised,
+    and there only an anchor makes contexts work.
 
     Args:
         model: the model that will be compiled.
