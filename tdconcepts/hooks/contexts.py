@@ -147,8 +147,8 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     before = _ACTIVE.runs
     owner = run.owner
-    entered = [other for other in before if other.owner is owner] if owner is not None else []
-    lasting = len(entered) > 0 or len(run.plan.steps) == 0
+    entered = owner is not None and any(other.owner is owner for other in before)
+    lasting = entered or len(run.plan.steps) == 0
     if not lasting:
         if not is_compiling():
             install(run.plan)
@@ -160,14 +160,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
                 fix="anchor(model, ...) first, or compile inside the context",
             )
     try:
-        others = [
-            run if entered and other.owner is owner else other.anew(run) if other.standing else other
-            for other in before
-        ]
-        if not entered:  # before the runs of callers: what wraps a module sees what the module makes
-            callers = [other for other in others if not other.standing]
-            others = [*[other for other in others if other.standing], run, *callers]
-        _ACTIVE.runs = tuple(others)
+        _ACTIVE.runs = _joined(before, run, entered) if before else (run,)
         if run.plan.around and not entered:
             with Functions(run.plan, _ACTIVE):
                 return function(*args)
@@ -181,6 +174,18 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
         _ACTIVE.runs = before
         if not lasting and not is_compiling():
             remove(run.plan)
+
+
+def _joined(before: tuple[Run, ...], run: Run, entered: bool) -> tuple[Run, ...]:
+    others = [
+        run if entered and other.owner is run.owner else other.anew(run) if other.standing else other
+        for other in before
+    ]
+    if entered:
+        return tuple(others)
+    standing = [other for other in others if other.standing]
+    # before the runs of callers: what wraps a module sees what the module makes
+    return (*standing, run, *[other for other in others if not other.standing])
 
 
 def enter(run: Run) -> None:
@@ -216,6 +221,8 @@ def active() -> tuple[Run, ...]:
 
 def acted_on(modules: list[Any]) -> bool:
     """Whether calling one of ``modules`` does more than its forward: hooks of others, or steps of a run."""
+    if not modules:
+        return False
     if any(is_watched(module) for module in modules):
         return True
     return any(module in run.plan.outputs or module in run.plan.inputs for run in _ACTIVE.runs for module in modules)

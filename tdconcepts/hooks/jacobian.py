@@ -70,7 +70,9 @@ def new_leaf(value: Tensor, create_graph: bool) -> Tensor:
 
 def differentiable() -> contextlib.AbstractContextManager[Any]:
     """Gradient mode on, whatever the caller is in: collectors run under ``no_grad``, some under ``inference_mode``."""
-    return _left_inference() if torch.is_inference_mode_enabled() else torch.enable_grad()
+    if torch.is_inference_mode_enabled():
+        return _left_inference()
+    return contextlib.nullcontext() if torch.is_grad_enabled() else torch.enable_grad()
 
 
 @contextlib.contextmanager
