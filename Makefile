@@ -43,7 +43,7 @@ format: $(VENV)/dev.done
 	$(BIN)/ruff format .
 
 bench: $(VENV)/dev.done
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-quiet $(ARGS)
 
 docs: $(VENV)/dev.done
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

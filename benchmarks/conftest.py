@@ -186,6 +186,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # so that ratios don't depend on how many cores are free
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
