@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import STREAM, TABLE, Fuse, N, Row, World
+from conformance import TABLE
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
+from world import STREAM, Fuse, N, Row, World
 
 import tdconcepts
 from tdconcepts import anchor

@@ -1,0 +1,146 @@
+"""The conformance rows of the attribution room."""
+
+import torch
+from tensordict import TensorDict
+from world import DRAWS, GENERATOR, GRAPH, STREAM, argmax, explainer, row
+
+import tdconcepts as tdc
+from tdconcepts import Site, Target
+from tdconcepts.attribution import (
+    Absolute,
+    Conductance,
+    ExpectedGradients,
+    GradCAM,
+    InternalInfluence,
+    LayerActivation,
+    LayerConductance,
+    LayerGradCam,
+    LayerIntegratedGradients,
+    NeuronConductance,
+    NeuronIntegratedGradients,
+    NoiseTunnel,
+    Normalised,
+    Summed,
+    TimesInput,
+)
+
+ROWS = [
+    explainer("Gradient", lambda w: tdc.Gradient(w.model, argmax(w), **w.chunk)),
+    explainer("Gradient of the logged action", lambda w: tdc.Gradient(w.model, Target(w("logits"), by=w("action")))),
+    explainer(
+        "Gradient of several targets, to entries and sites",
+        lambda w: tdc.Gradient(
+            w.model, Target(w("logits"), [0, 2]), [w("observation"), Site("0.0"), w("hidden")], **w.chunk
+        ),
+        "0.0",
+        "0",
+    ),
+    explainer("Gradient with outputs", lambda w: tdc.Gradient(w.model, argmax(w), outputs=True, **w.chunk)),
+    explainer(
+        "Gradient with its graph",
+        lambda w: tdc.Gradient(w.model, Target(w("logits"), 1), create_graph=True, **w.chunk),
+        detached=GRAPH,
+    ),
+    explainer("Saliency", lambda w: tdc.Saliency(w.model, Target(w("logits"), -1), **w.chunk)),
+    explainer(
+        "InputXGradient",
+        lambda w: tdc.InputXGradient(w.model, Target(w("logits"), 2), [w("observation"), Site("0.1")], **w.chunk),
+        "0.1",
+    ),
+    explainer(
+        "NeuronGradient", lambda w: tdc.NeuronGradient(w.model, "0.2", (slice(1, 4),), wrt=w("observation")), "0.2"
+    ),
+    explainer(
+        "IntegratedGradients",
+        lambda w: tdc.IntegratedGradients(w.model, argmax(w), n_steps=4, convergence_delta=True, **w.chunk),
+    ),
+    explainer(
+        "IntegratedGradients of several targets, at sites",
+        lambda w: tdc.IntegratedGradients(
+            w.model,
+            Target(w("logits"), [2, 0]),
+            [Site("1.0", "input"), w("hidden")],
+            n_steps=3,
+            method="riemann_trapezoid",
+            **w.chunk,
+        ),
+        "1.0:in",
+        "0",
+    ),
+    explainer(
+        "IntegratedGradients from a keyed baseline, with outputs",
+        lambda w: tdc.IntegratedGradients(
+            w.model, Target(w("logits"), by=w("action")), n_steps=3, baseline="baseline", outputs=True, **w.chunk
+        ),
+    ),
+    explainer(
+        "SmoothGrad from a generator",
+        lambda w: tdc.SmoothGrad(tdc.Gradient(w.model, argmax(w)), n_iter=DRAWS, noise=w.generator, **w.chunk),
+        rows=STREAM,
+        compiled=GENERATOR,
+        precision="the draws are others in another dtype",
+    ),
+    explainer(
+        "SmoothGrad around IntegratedGradients",
+        lambda w: tdc.SmoothGrad(
+            tdc.IntegratedGradients(w.model, argmax(w), n_steps=3), 0.2, DRAWS, noise="noise", **w.chunk
+        ),
+    ),
+    explainer(
+        "VarGrad",
+        lambda w: tdc.VarGrad(
+            tdc.Gradient(w.model, Target(w("logits"), [0, 1])), 0.1, DRAWS, noise="noise", relative=False, **w.chunk
+        ),
+    ),
+    explainer(
+        "Conductance",
+        lambda w: Conductance(w.model, argmax(w), [Site("0.0"), w("hidden")], n_steps=3, **w.chunk),
+        "0.0",
+        "0",
+    ),
+    explainer(
+        "InternalInfluence",
+        lambda w: InternalInfluence(w.model, Target(w("logits"), [2, 0]), Site("0.0"), n_steps=3, **w.chunk),
+        "0.0",
+    ),
+    explainer(
+        "NeuronConductance",
+        lambda w: NeuronConductance(w.model, Target(w("logits"), [2, 0]), "0.0", slice(1, 4), n_steps=3, **w.chunk),
+        "0.0",
+    ),
+    explainer(
+        "ExpectedGradients",
+        lambda w: ExpectedGradients(
+            w.model,
+            argmax(w),
+            baselines=TensorDict({w("observation"): torch.linspace(-1, 1, 8).view(2, 4)}, [2]),
+            n_samples=3,
+            generator=w.generator,
+            **w.chunk,
+        ),
+        compiled=GENERATOR,
+    ),
+    explainer("GradCAM", lambda w: GradCAM(w.model, Target(w("logits"), [1, 2]), "0.0", **w.chunk), "0.0"),
+    row("LayerActivation", lambda w: LayerActivation(w.model, "0.0")),
+    explainer("LayerConductance", lambda w: LayerConductance(w.model, argmax(w), "0.2", n_steps=2, **w.chunk), "0.2"),
+    explainer("LayerGradCam", lambda w: LayerGradCam(w.model, argmax(w), "2.0", True, **w.chunk), "2.0:in"),
+    explainer(
+        "LayerIntegratedGradients",
+        lambda w: LayerIntegratedGradients(w.model, argmax(w), ["0.2", "2.0"], n_steps=2, **w.chunk),
+        "0.2",
+        "2.0",
+    ),
+    explainer(
+        "NeuronIntegratedGradients",
+        lambda w: NeuronIntegratedGradients(w.model, "0.2", slice(1, 3), n_steps=2, **w.chunk),
+        "0.2",
+    ),
+    row("Absolute", lambda w: Absolute(tdc.IntegratedGradients(w.model, argmax(w), n_steps=2, convergence_delta=True))),
+    row("TimesInput", lambda w: TimesInput(tdc.Gradient(w.model, Target(w("logits"), [1, 0]), outputs=True))),
+    row("Summed", lambda w: Summed(tdc.Gradient(w.model, argmax(w)), pool="abs")),
+    row("Normalised", lambda w: Normalised(tdc.Gradient(w.model, Target(w("logits"), [1, 0])), "l2", targets=True)),
+    explainer(
+        "NoiseTunnel SmoothGradSquared",
+        lambda w: NoiseTunnel(tdc.Gradient(w.model, argmax(w)), "smoothgrad_sq", DRAWS, noise="noise", **w.chunk),
+    ),
+]
