@@ -20,6 +20,7 @@ from world import STREAM, Fuse, N, Row, World
 import tdconcepts
 from tdconcepts import anchor
 from tdconcepts.errors import TdConceptsError
+from tdconcepts.tunables import Replaceable
 
 
 def law(check: Callable[..., None]) -> Callable[..., None]:
@@ -401,6 +402,29 @@ def test_state_dict(row):
         module.load_state_dict(own)
     assert list(before) == list(inside) == list(world.model.state_dict())
     assert all(torch.equal(value, inside[key]) for key, value in before.items())
+
+
+# ---------------------------------------------------------------------------------------- other settings
+
+
+@law
+def test_replaced(row):
+    """``replace`` makes it anew, with the ends of each tunable's grid too, and knows which names there are."""
+    with row.opened(world := World()) as module:
+        if not isinstance(module, Replaceable):
+            assert type(module).__module__.split(".")[1] not in {"attribution", "lrp", "perturbation"}
+            return
+        before = {id(part) for part in world.model.modules()}
+        same(written(module, module.replace()(world.td())), explained(row))
+        for tunable in module.tunables:
+            for value in (tunable.values()[0], tunable.values()[-1]):
+                draws = {"noise": None} if tunable.name == "n_iter" else {}  # a row's own are another number
+                with torch.random.fork_rng():
+                    found = written(module, module.replace(**{tunable.name: value}, **draws)(world.td()))
+                assert all(one is not None and one.isfinite().all() for one in found.values()), (tunable, value)
+        with pytest.raises(TdConceptsError, match="nonsense"):
+            module.replace(nonsense=1)
+        assert {id(part) for part in module.replace().modules()} >= before
 
 
 # ---------------------------------------------------------------------------------------- compile

@@ -13,14 +13,14 @@ from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Options, Site, Target, dispatch_rows
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.keys import NestedKey
-from tdconcepts.tunables import Tunable
+from tdconcepts.tunables import Replaceable, Tunable
 
 __all__ = ["GradCAM"]
 
 _MODES = ("nearest", "bilinear", "bicubic", "area")
 
 
-class GradCAM(TensorDictModuleBase):
+class GradCAM(Replaceable, TensorDictModuleBase):
     r"""The activation of a layer, weighted by each channel's mean gradient: :math:`\mathrm{relu}(\sum_c \bar g_c A_c)`.
 
     | reads | writes |

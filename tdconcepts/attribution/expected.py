@@ -16,12 +16,12 @@ from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey, key_text
-from tdconcepts.tunables import Tunable
+from tdconcepts.tunables import Replaceable, Tunable
 
 __all__ = ["ExpectedGradients"]
 
 
-class ExpectedGradients(TensorDictModuleBase):
+class ExpectedGradients(Replaceable, TensorDictModuleBase):
     r"""The mean of :math:`(w - w_0)\, \partial y(w_0 + u (w - w_0)) / \partial w` over baselines :math:`w_0` and
     :math:`u \sim U(0, 1)`.
 

@@ -12,11 +12,12 @@ from tdconcepts.hooks import Options, Target, dispatch_rows
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
+from tdconcepts.tunables import Replaceable
 
 __all__ = ["Gradient", "InputXGradient", "Saliency"]
 
 
-class Gradient(TensorDictModuleBase):
+class Gradient(Replaceable, TensorDictModuleBase):
     r"""The gradient of a target: :math:`\partial y / \partial w`.
 
     | reads | writes |

@@ -11,6 +11,7 @@ from tdconcepts.attribution.conductance import Conductance
 from tdconcepts.attribution.neuron import NeuronSelector, Selector
 from tdconcepts.attribution.paths import IntegratedGradients
 from tdconcepts.hooks import Hooked, Site, Target, capture
+from tdconcepts.tunables import constructor
 
 __all__ = [
     "LayerActivation",
@@ -45,6 +46,7 @@ def LayerActivation(  # noqa: N802 (a constructor, under Captum's name)
     return capture(module, _site(layer, attribute_to_layer_input))
 
 
+@constructor()
 def LayerIntegratedGradients(  # noqa: N802
     module: TensorDictModuleBase,
     target: Target,
@@ -77,6 +79,7 @@ def LayerIntegratedGradients(  # noqa: N802
     return IntegratedGradients(module, target, [_site(one, attribute_to_layer_input) for one in given], **options)
 
 
+@constructor()
 def LayerConductance(  # noqa: N802
     module: TensorDictModuleBase,
     target: Target,
@@ -108,6 +111,7 @@ def LayerConductance(  # noqa: N802
     return Conductance(module, target, _site(layer, attribute_to_layer_input), **options)
 
 
+@constructor()
 def LayerGradCam(  # noqa: N802
     module: TensorDictModuleBase,
     target: Target,
@@ -141,6 +145,7 @@ def LayerGradCam(  # noqa: N802
     return GradCAM(module, target, _site(layer, attribute_to_layer_input), relu=relu_attributions, **options)
 
 
+@constructor()
 def NeuronIntegratedGradients(  # noqa: N802
     module: TensorDictModuleBase,
     layer: str | Site,

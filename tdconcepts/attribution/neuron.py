@@ -13,12 +13,14 @@ from tdconcepts.attribution.gradient import Gradient
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import Options, Site, Target
 from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.tunables import constructor
 
 __all__ = ["NeuronGradient", "NeuronSelector"]
 
 Selector: TypeAlias = int | slice | tuple[int | slice, ...] | Callable[[Tensor], Tensor]
 
 
+@constructor()
 def NeuronGradient(  # noqa: N802 (a constructor, under Captum's name)
     module: TensorDictModuleBase,
     layer: str | Site,

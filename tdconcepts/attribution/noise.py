@@ -16,12 +16,12 @@ from tdconcepts.hooks import check_module, check_td, dispatch_rows
 from tdconcepts.hooks.batching import check_chunk_size, expand, gather, groups, rows_of, slices, spread
 from tdconcepts.hooks.explaining import HELD
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
-from tdconcepts.tunables import Tunable
+from tdconcepts.tunables import Replaceable, Tunable, constructor
 
 __all__ = ["NoiseTunnel", "SmoothGrad", "SmoothGradSquared", "VarGrad"]
 
 
-class SmoothGrad(TensorDictModuleBase):
+class SmoothGrad(Replaceable, TensorDictModuleBase):
     r"""The mean of an explanation over noisy copies of the input: :math:`\frac1n\sum_i A(x + \sigma\epsilon_i)`.
 
     | reads | writes |
@@ -250,6 +250,7 @@ class SmoothGradSquared(SmoothGrad):
         return moments.mean(key).square() + moments.variance(key)
 
 
+@constructor()
 def NoiseTunnel(  # noqa: N802 (a constructor, under Captum's name)
     explainer: TensorDictModuleBase,
     kind: Literal["smoothgrad", "smoothgrad_sq", "vargrad"] = "smoothgrad",

@@ -18,7 +18,7 @@ from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.keys import BASELINE, CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
-from tdconcepts.tunables import Tunable
+from tdconcepts.tunables import Replaceable, Tunable
 
 __all__ = ["IntegratedGradients", "Quadrature", "quadrature"]
 
@@ -57,7 +57,7 @@ def quadrature(method: Quadrature, n_steps: int) -> tuple[list[float], list[floa
     return [(i + shift) / n for i in range(n)], [1 / n] * n
 
 
-class IntegratedGradients(TensorDictModuleBase):
+class IntegratedGradients(Replaceable, TensorDictModuleBase):
     r"""The gradient, integrated from a baseline: :math:`(w - w_0)\int_0^1 \partial y(w_\alpha) / \partial w\, d\alpha`.
 
     The path is straight: :math:`w_\alpha = w_0 + \alpha (w - w_0)`.

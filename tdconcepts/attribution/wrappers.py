@@ -13,11 +13,14 @@ from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import check_module, check_td, dispatch_rows
 from tdconcepts.hooks.explaining import HELD
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, join
+from tdconcepts.tunables import Replaceable, Tunable
 
 __all__ = ["Absolute", "Normalised", "Summed", "TimesInput"]
 
+_POOLS, _SCALES = ("sum", "abs", "positive", "max", "l2"), ("max", "sum", "l2", "range")
 
-class Absolute(TensorDictModuleBase):
+
+class Absolute(Replaceable, TensorDictModuleBase):
     """The size of an explanation: ``|A|``.
 
     | reads | writes |
@@ -133,6 +136,8 @@ class Summed(Absolute):
         (torch.Size([2, 5, 5]), 3.0)
     """
 
+    tunables = (Tunable("pool", choices=_POOLS),)
+
     def __init__(
         self,
         explainer: TensorDictModuleBase,
@@ -143,8 +148,8 @@ class Summed(Absolute):
         self.dims = (dims,) if isinstance(dims, int) else tuple(dims)
         if not self.dims or not all(type(dim) is int and dim < 0 for dim in self.dims):
             raise BadValue("not dims of a row", got=f"dims={dims!r}", needed="ints from the end, -1 for the last dim")
-        if pool not in ("sum", "abs", "positive", "max", "l2"):
-            raise BadValue("no such pooling", got=repr(pool), needed="'sum', 'abs', 'positive', 'max' or 'l2'")
+        if pool not in _POOLS:
+            raise BadValue("no such pooling", got=repr(pool), needed=f"one of {list(_POOLS)}")
         self.pool = pool
 
     def _change(self, key: NestedKey, value: Tensor, td: TensorDictBase) -> Tensor:
@@ -183,6 +188,8 @@ class Normalised(Absolute):
         tensor([1., 1., 1.])
     """
 
+    tunables = (Tunable("by", choices=_SCALES),)
+
     def __init__(
         self,
         explainer: TensorDictModuleBase,
@@ -190,8 +197,8 @@ class Normalised(Absolute):
         targets: bool = False,
     ) -> None:
         super().__init__(explainer)
-        if by not in ("max", "sum", "l2", "range"):
-            raise BadValue("no such scale", got=repr(by), needed="'max', 'sum', 'l2' or 'range'")
+        if by not in _SCALES:
+            raise BadValue("no such scale", got=repr(by), needed=f"one of {list(_SCALES)}")
         if not isinstance(targets, bool):
             raise BadType("targets= is a bool", got=repr(targets))
         self.by, self.targets = by, targets

@@ -19,6 +19,7 @@ from tdconcepts.lrp.boundary import nonzero
 from tdconcepts.lrp.composites import Composite
 from tdconcepts.lrp.conditions import Conditions
 from tdconcepts.lrp.report import Conservation
+from tdconcepts.tunables import Replaceable
 
 __all__ = ["LRP", "LRPOptions"]
 
@@ -39,7 +40,7 @@ class LRPOptions(Options, total=False):
     condition: Any
 
 
-class LRP(TensorDictModuleBase):
+class LRP(Replaceable, TensorDictModuleBase):
     r"""Layer-wise relevance propagation of a target: :math:`R` at entries and sites, with :math:`\sum R \approx y`.
 
     | reads | writes |

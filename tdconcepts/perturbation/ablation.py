@@ -15,13 +15,14 @@ from tdconcepts.hooks import Target, dispatch_rows
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
+from tdconcepts.tunables import Replaceable
 
 __all__ = ["FeatureAblation", "Occlusion"]
 
 Sizes: TypeAlias = int | tuple[int, ...]
 
 
-class FeatureAblation(TensorDictModuleBase):
+class FeatureAblation(Replaceable, TensorDictModuleBase):
     r"""What the target loses when a feature is replaced by its baseline: :math:`y(w) - y(w \text{ without } g)`.
 
     | reads | writes |
@@ -79,7 +80,7 @@ class FeatureAblation(TensorDictModuleBase):
         return self._perturbing.hold(tensordict)
 
 
-class Occlusion(TensorDictModuleBase):
+class Occlusion(Replaceable, TensorDictModuleBase):
     r"""What the target loses under a sliding window: the mean of :math:`y(w) - y(w \text{ without } W)` over windows.
 
     Reads, writes, errors and options as :class:`FeatureAblation`, without ``mask``. An element gets the mean over the

@@ -16,11 +16,12 @@ from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
+from tdconcepts.tunables import Replaceable
 
 __all__ = ["FeaturePermutation"]
 
 
-class FeaturePermutation(TensorDictModuleBase):
+class FeaturePermutation(Replaceable, TensorDictModuleBase):
     r"""What the target loses when a feature comes from other rows: :math:`y(w) - y(w \text{ with } g \text{ of row }
     \pi_g(i))`.
 

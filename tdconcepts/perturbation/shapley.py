@@ -15,14 +15,14 @@ from tdconcepts.hooks import Target, dispatch_rows
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
-from tdconcepts.tunables import Tunable
+from tdconcepts.tunables import Replaceable, Tunable
 
 __all__ = ["ShapleyExact", "ShapleySampling"]
 
 _MOST = 20
 
 
-class ShapleySampling(TensorDictModuleBase):
+class ShapleySampling(Replaceable, TensorDictModuleBase):
     r"""Shapley values, estimated from random orders: :math:`\frac1n\sum_\pi y(S_\pi(g) \cup g) - y(S_\pi(g))`.
 
     | reads | writes |
@@ -95,7 +95,7 @@ class ShapleySampling(TensorDictModuleBase):
         return self._perturbing.hold(tensordict)
 
 
-class ShapleyExact(TensorDictModuleBase):
+class ShapleyExact(Replaceable, TensorDictModuleBase):
     r"""Shapley values, from all subsets: :math:`\sum_{S \not\ni g} \frac{|S|!\,(G-|S|-1)!}{G!}\,(y(S \cup g) - y(S))`.
 
     Reads, writes and options as :class:`ShapleySampling`. ``2 ** G`` forwards for G features (not G!), so G is at most

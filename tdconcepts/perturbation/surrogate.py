@@ -16,7 +16,7 @@ from tdconcepts.hooks import Target, dispatch_rows
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
-from tdconcepts.tunables import Tunable
+from tdconcepts.tunables import Replaceable, Tunable
 
 __all__ = ["KernelShap", "Lime"]
 
@@ -28,7 +28,7 @@ class Design(NamedTuple):
     solve: Callable[[Tensor], Tensor]
 
 
-class KernelShap(TensorDictModuleBase):
+class KernelShap(Replaceable, TensorDictModuleBase):
     r"""Shapley values by regression: :math:`\min_\phi \sum_S \mu(S)\,(y(S) - y(\emptyset) - \sum_{g\in S}\phi_g)^2`.
 
     | reads | writes |
@@ -119,7 +119,7 @@ class KernelShap(TensorDictModuleBase):
         return Design(torch.cat([ends, kept]), solve)
 
 
-class Lime(TensorDictModuleBase):
+class Lime(Replaceable, TensorDictModuleBase):
     r"""The coefficients of a local ridge regression: :math:`\min_{\phi, c} \sum_S \pi(S)\,(y(S) - c - \sum_{g \in S}
     \phi_g)^2 + \alpha\|\phi\|^2`.
 
