@@ -216,9 +216,14 @@ def _half(
     """The contributions of one sign, stabilised, and where they are more than rounding noise."""
     some = (plain + total if sign > 0 else plain - total) * 0.5
     noise = some.abs() > total * (_EMPTY64 if some.dtype == torch.float64 else _EMPTY)
-    if bias is not None:
-        some = some + (bias.clamp(min=0) if sign > 0 else bias.clamp(max=0))
-    return stabilized(some, by), noise
+    return stabilized(_with(some, bias, sign), by), noise
+
+
+def _with(some: Tensor, bias: Tensor | None, sign: int) -> Tensor:
+    """Contributions of one sign, with those of the bias."""
+    if bias is None:
+        return some
+    return some + (bias.clamp(min=0) if sign > 0 else bias.clamp(max=0))
 
 
 def _safe(share: Tensor, side: tuple[Tensor, Tensor | None], weight: float) -> Tensor:
@@ -232,10 +237,15 @@ def _gamma(gamma: float, by: Stabilizing, share: Tensor, x: Tensor, z: Tensor, v
     size = weight.abs()
     total = view.push(x if positive else x.abs(), size)
     plain = z if bias is None else z - bias
-    half = (plain + torch.where(z > 0, total, -total)) * 0.5
-    if bias is not None:
-        half = half + torch.where(z > 0, bias.clamp(min=0), bias.clamp(max=0))
-    s = torch.where(z == 0, 0.0, share / stabilized(z + gamma * half, by))
+    if callable(by):  # which may look at all outputs of a row: each side whole, as it is defined
+        up, down = (z + gamma * _with((plain + sign * total) * 0.5, bias, sign) for sign in (1, -1))
+        denominator = torch.where(z > 0, stabilized(up, by), stabilized(down, by))
+    else:
+        half = (plain + torch.where(z > 0, total, -total)) * 0.5
+        if bias is not None:
+            half = half + torch.where(z > 0, bias.clamp(min=0), bias.clamp(max=0))
+        denominator = stabilized(z + gamma * half, by)
+    s = torch.where(z == 0, 0.0, share / denominator)
     found = view.pull(torch.where(z > 0, s, -s) * (gamma / 2), size, x)
     found = found if positive else x.sgn() * found
     return view.pull(s * (1 + gamma / 2), weight, x) + found

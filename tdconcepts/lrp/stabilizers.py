@@ -50,8 +50,12 @@ class Stabilizer:
             dims = tuple(range(1, z.ndim)) if self.dims is None else self.dims
             epsilon = epsilon * (z.square().mean(dims, keepdim=True) if dims else z.square()).sqrt()
         if self.clip:
-            return torch.where(z < 0, -1.0, 1.0).to(z.dtype) * torch.clamp(z.abs(), min=epsilon)
-        return torch.where(z < 0, z - epsilon, z + epsilon)
+            away = torch.where(z < 0, -1.0, 1.0).to(z.dtype) * torch.clamp(z.abs(), min=epsilon)
+        else:
+            away = torch.where(z < 0, z - epsilon, z + epsilon)
+        if self.epsilon and not self.norm_scale:
+            return away
+        return torch.where(away == 0, torch.inf, away)  # 0 divided by it is 0, as for a row of zeros without a scale
 
 
 Stabilizing: TypeAlias = float | Callable[[Tensor], Tensor]

@@ -19,8 +19,16 @@ def test_kinds():
     size = z.square().mean(1, keepdim=True).sqrt()
     assert Stabilizer(e, norm_scale=True)(z).allclose(z + e * size * sign)
     assert Stabilizer(e, clip=True, norm_scale=True)(z).allclose(sign * torch.maximum(z.abs(), e * size))
-    assert Stabilizer(e, norm_scale=True, dims=(0,))(z).allclose(z + e * z.abs() * sign)
+    each = Stabilizer(e, norm_scale=True, dims=(0,))(z)
+    assert each.allclose(torch.where(z == 0, torch.inf, z + e * z.abs() * sign))
     assert stabilized(z, lambda z: z + 7).equal(z + 7)
+
+
+@pytest.mark.parametrize("options", [{"norm_scale": True}, {"norm_scale": True, "clip": True}])
+def test_a_row_of_zeros_has_no_scale(options):
+    z = torch.zeros(2, 3)
+    assert (z / Stabilizer(0.1, **options)(z)).equal(z)
+    assert (z / Stabilizer(0.0, clip=True)(z)).equal(z)
 
 
 def test_bad():
