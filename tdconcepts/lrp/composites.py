@@ -18,6 +18,7 @@ from tdconcepts.hooks.rules import Convention, Rule, Rules, check_convention
 from tdconcepts.hooks.sites import Site, module_paths, places
 from tdconcepts.lrp.kinds import PLAIN, operation_of
 from tdconcepts.lrp.passing import IgnoreRule
+from tdconcepts.tunables import Replaceable
 
 __all__ = ["Composite", "Kind"]
 
@@ -26,7 +27,7 @@ OnMissing: TypeAlias = Literal["raise", "warn", "gradient"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Composite:
+class Composite(Replaceable):
     """Rules by type, by path, by order and by operation; frozen data that prints as a table.
 
     A path beats a type; of several that match, the first counts. ``a | b`` is ``a`` with what ``b`` says on top.

@@ -57,6 +57,8 @@ class LRP(Replaceable, TensorDictModuleBase):
         wrt: entries and sites, one or a list; default: all entries that the module reads.
         options: see :class:`LRPOptions`.
 
+    The ``tunables`` are those of the composite (``epsilon``, ``gamma``), and ``replace`` passes its arguments on.
+
     Raises:
         BadType: no composite, a bare ``nn.Module``, or an integer entry (explain at the embedding: ``wrt=Site(...)``).
         BadKey: an entry or a site that does not exist. BadValue: parts of the model without a rule, and mixed

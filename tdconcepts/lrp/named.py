@@ -19,6 +19,7 @@ from tdconcepts.lrp.passing import ConstantRule, IgnoreRule, NumeratorRule, Pass
 from tdconcepts.lrp.recurrent import GRURule, LSTMRule
 from tdconcepts.lrp.signed import AlphaBetaRule, GammaRule, ZPlusRule
 from tdconcepts.lrp.stabilizers import Stabilizing
+from tdconcepts.tunables import Tunable, constructor
 
 __all__ = [
     "CPLRP",
@@ -31,10 +32,12 @@ __all__ = [
     "UniformEpsilon",
 ]
 
+EPSILON = Tunable("epsilon", 1e-6, 1.0, 10, log=True)
 More = Composite | Mapping[Any, Rule] | None
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
+@constructor()
 def BaseRuleMapper(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, constant: bool = False) -> Composite:  # noqa: N802
     """What the composites share: activations, norms, pooling, attention and recurrent layers, and the operations.
 
@@ -101,6 +104,7 @@ def layer(module: Any) -> bool:
     return is_linear(module) or is_convolution(module)
 
 
+@constructor(EPSILON)
 def EpsilonPlus(  # noqa: N802
     epsilon: Stabilizing = 1e-6, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, flat: bool = False
 ) -> Composite:
@@ -122,6 +126,7 @@ def EpsilonPlus(  # noqa: N802
     return _layers(ZPlusRule(stabilizer), EpsilonRule(epsilon), base, rule_mapper, first)
 
 
+@constructor(EPSILON)
 def EpsilonAlpha2Beta1(  # noqa: N802
     epsilon: Stabilizing = 1e-6, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, flat: bool = False
 ) -> Composite:
@@ -137,6 +142,7 @@ def EpsilonAlpha2Beta1(  # noqa: N802
     return _layers(rule, EpsilonRule(epsilon), BaseRuleMapper(stabilizer), rule_mapper, _flat(flat, stabilizer))
 
 
+@constructor(Tunable("gamma", 0.05, 1.0, 0.05))
 def EpsilonGammaBox(  # noqa: N802
     low: Any, high: Any, gamma: float = 0.25, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None
 ) -> Composite:
@@ -160,6 +166,7 @@ def EpsilonGammaBox(  # noqa: N802
     return _layers(GammaRule(gamma, stabilizer), dense, BaseRuleMapper(stabilizer), rule_mapper, first)
 
 
+@constructor()
 def ExcitationBackprop(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None) -> Composite:  # noqa: N802
     """z-plus for every layer; activations and batch norms have their gradient.
 
@@ -176,6 +183,7 @@ def ExcitationBackprop(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None)
     return _layers(plus, plus, BaseRuleMapper(stabilizer) | over, rule_mapper)
 
 
+@constructor(EPSILON)
 def UniformEpsilon(epsilon: Stabilizing = 0.25, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None) -> Composite:  # noqa: N802
     """Epsilon for every layer, and for batch norms.
 
@@ -196,6 +204,7 @@ def UniformEpsilon(epsilon: Stabilizing = 0.25, stabilizer: Stabilizing = 1e-6, 
     return _layers(rule, rule, base, rule_mapper)
 
 
+@constructor(EPSILON)
 def AttnLRP(epsilon: Stabilizing = 0.0, stabilizer: Stabilizing = 1e-9, rule_mapper: More = None) -> Composite:  # noqa: N802
     """For transformers: epsilon for layers, half to each factor of a product, the softmax by its Taylor rule.
 
@@ -214,6 +223,7 @@ def AttnLRP(epsilon: Stabilizing = 0.0, stabilizer: Stabilizing = 1e-9, rule_map
     return _layers(rule, rule, BaseRuleMapper(stabilizer), rule_mapper)
 
 
+@constructor(EPSILON)
 def CPLRP(epsilon: Stabilizing = 0.0, stabilizer: Stabilizing = 1e-9, rule_mapper: More = None) -> Composite:  # noqa: N802
     """For transformers: attention weights and gates are constants, so relevance is conserved.
 

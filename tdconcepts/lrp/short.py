@@ -8,13 +8,15 @@ from torch import nn
 
 from tdconcepts.hooks.rules import Rule
 from tdconcepts.lrp.composites import Composite
-from tdconcepts.lrp.named import EpsilonAlpha2Beta1, EpsilonPlus, More
+from tdconcepts.lrp.named import EPSILON, EpsilonAlpha2Beta1, EpsilonPlus, More
 from tdconcepts.lrp.rectifiers import BetaSmoothRule, DeconvNetRule, GuidedBackpropRule
 from tdconcepts.lrp.stabilizers import Stabilizing
+from tdconcepts.tunables import Tunable, constructor
 
 __all__ = ["BetaSmooth", "DeconvNet", "EpsilonAlpha2Beta1Flat", "EpsilonPlusFlat", "GuidedBackprop"]
 
 
+@constructor(EPSILON)
 def EpsilonPlusFlat(  # noqa: N802
     epsilon: Stabilizing = 1e-6, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None
 ) -> Composite:
@@ -29,6 +31,7 @@ def EpsilonPlusFlat(  # noqa: N802
     return EpsilonPlus(epsilon, stabilizer, rule_mapper, flat=True)
 
 
+@constructor(EPSILON)
 def EpsilonAlpha2Beta1Flat(  # noqa: N802
     epsilon: Stabilizing = 1e-6, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None
 ) -> Composite:
@@ -43,6 +46,7 @@ def EpsilonAlpha2Beta1Flat(  # noqa: N802
     return EpsilonAlpha2Beta1(epsilon, stabilizer, rule_mapper, flat=True)
 
 
+@constructor()
 def GuidedBackprop(rule_mapper: More = None) -> Composite:  # noqa: N802
     """Guided back-propagation of every ReLU; all else has its gradient.
 
@@ -55,6 +59,7 @@ def GuidedBackprop(rule_mapper: More = None) -> Composite:  # noqa: N802
     return _of_relus(GuidedBackpropRule(), rule_mapper)
 
 
+@constructor()
 def DeconvNet(rule_mapper: More = None) -> Composite:  # noqa: N802
     """Deconvolution of every ReLU; all else has its gradient.
 
@@ -67,6 +72,7 @@ def DeconvNet(rule_mapper: More = None) -> Composite:  # noqa: N802
     return _of_relus(DeconvNetRule(), rule_mapper)
 
 
+@constructor(Tunable("beta", 1.0, 100.0, 10, log=True))
 def BetaSmooth(beta: float = 10.0, rule_mapper: More = None) -> Composite:  # noqa: N802
     """The gradient of a softplus for every ReLU; all else has its own.
 

@@ -195,3 +195,20 @@ def test_an_explained_policy_is_a_policy():
     out = LRP(net, EpsilonPlus(), Target("logits", "argmax"), outputs=True)(td)
     assert out["logits"].equal(net(td)["logits"])
     assert tdc.Target("logits", 1) == Target("logits", 1)
+
+
+def test_the_settings_of_the_composite():
+    net, td = mlp(), TensorDict(x=torch.randn(3, 4, dtype=torch.float64), batch_size=[3])
+    plain = LRP(net, EpsilonPlusFlat(0.25), Target("logits", 0))
+    assert [tunable.name for tunable in plain.tunables] == ["epsilon"]
+    changed = plain.replace(epsilon=0.5, outputs=True)
+    expected = LRP(net, EpsilonPlusFlat(0.5), Target("logits", 0))(td.copy())["attribution", "x"]
+    assert changed.module is net
+    assert torch.equal(changed(td.copy())["attribution", "x"], expected)
+    assert not torch.allclose(plain(td.copy())["attribution", "x"], expected)
+    assert changed.replace(composite=EpsilonPlus()).tunables == plain.tunables
+    assert LRP(net, Composite({nn.Linear: EpsilonRule()}, {"relu": EpsilonRule()}), Target("logits", 0)).tunables == ()
+    with pytest.raises(BadType, match="LRP has no argument 'epsylon'"):
+        plain.replace(epsylon=1.0)
+    with pytest.raises(BadValue):
+        plain.replace(epsilon=-1.0)
