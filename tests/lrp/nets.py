@@ -55,6 +55,33 @@ class ResNet18(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Canonical(nn.Module):
+    """A :class:`ResNet18` of the same layers in the form that Zennit's canonizers are made for.
+
+    The layers are declared in the order in which they run, and sums and means are modules.
+    """
+
+    def __init__(self, net, make_sum):
+        super().__init__()
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.blocks = nn.Sequential(*(_CanonicalBlock(block, make_sum) for part in net.layers for block in part))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)))
+
+
+class _CanonicalBlock(nn.Module):
+    def __init__(self, block, make_sum):
+        super().__init__()
+        self.main = nn.Sequential(block.conv1, block.bn1, block.relu, block.conv2, block.bn2)
+        self.side = nn.Sequential() if block.downsample is None else block.downsample
+        self.sum, self.relu = make_sum(dim=-1), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.sum(torch.stack([self.main(x), self.side(x)], -1)))
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm, with functional attention and a residual stream."""
 

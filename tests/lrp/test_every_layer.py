@@ -1,4 +1,4 @@
-"""Every rule of a linear layer on every kind of layer, with and without bias, for inputs of any sign: dense matrices."""
+"""Every rule of a linear layer on every kind of layer, with bias and without, for inputs of any sign."""
 
 import functools
 import itertools

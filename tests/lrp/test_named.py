@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lrp.cases import case, close, convolution, linear
-from lrp.nets import ResNet18, as_td, prepared, vgg11
+from lrp.nets import Canonical, ResNet18, as_td, prepared, vgg11
 from oracles import oracle
 from tensordict import TensorDict
 from torch import nn
@@ -14,6 +14,8 @@ from tdconcepts.lrp import (
     LRP,
     AttnLRP,
     BaseRuleMapper,
+    BetaSmooth,
+    DeconvNet,
     EpsilonAlpha2Beta1,
     EpsilonAlpha2Beta1Flat,
     EpsilonGammaBox,
@@ -22,6 +24,8 @@ from tdconcepts.lrp import (
     EpsilonRule,
     ExcitationBackprop,
     FoldedBatchNorm,
+    GuidedBackprop,
+    IgnoreRule,
     UniformEpsilon,
 )
 
@@ -95,24 +99,55 @@ COMPOSITES = {
     "EpsilonAlpha2Beta1Flat": (EpsilonAlpha2Beta1Flat(), {}),
     "EpsilonGammaBox": (EpsilonGammaBox(-3.0, 3.0), {"low": -3.0, "high": 3.0}),
     "ExcitationBackprop": (ExcitationBackprop(), {}),
+    "GuidedBackprop": (GuidedBackprop(), {}),
+    "DeconvNet": (DeconvNet(), {}),
+    "BetaSmooth": (BetaSmooth(), {}),
+}
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 10))
+
+
+NETS = {
+    "mlp": (mlp, (2, 3, 2, 2)),
+    "vgg11": (lambda: vgg11(width=4), (2, 3, 32, 32)),
+    "vgg11bn": (lambda: vgg11(True, width=4), (2, 3, 32, 32)),
+    "resnet18": (lambda: ResNet18(width=4, inplace=False), (2, 3, 32, 32)),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("canonizer", [False, True])
 @pytest.mark.parametrize("name", COMPOSITES)
-@pytest.mark.parametrize("norm", [False, True])
-def test_zennit_on_vgg11(name, norm):
-    """Zennit 0.5.1."""
-    composites = oracle("zennit.composites")
-    net = prepared(vgg11(norm, width=4))
+@pytest.mark.parametrize("net", NETS)
+def test_zennit(net, name, canonizer):
+    """Zennit 0.5.1, for ResNet18 with sums as modules, with and without its SequentialMergeBatchNorm.
+
+    Its canonizer merges a batch norm's epsilon into the layer and leaves it in the batch norm: the nets have none.
+    """
+    composites, canonizers, layers = map(oracle, ("zennit.composites", "zennit.canonizers", "zennit.layer"))
+    make, shape = NETS[net]
+    torch.manual_seed(0)
+    plain = prepared(make())
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
     ours, options = COMPOSITES[name]
-    x, r = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randn(2, 10, dtype=torch.float64)
+    theirs = getattr(composites, name)
+    x, r = torch.randn(shape, dtype=torch.float64), torch.randn(2, 10, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
     bounds = {k: torch.full_like(x, v) for k, v in options.items()}
-    with getattr(composites, name)(**bounds).context(net) as m:
+    if canonizer:
+        bounds["canonizers"] = [canonizers.SequentialMergeBatchNorm()]
+        of_relus_only = name in ("GuidedBackprop", "DeconvNet", "BetaSmooth")
+        ours = ours | FoldedBatchNorm(IgnoreRule() if of_relus_only else None)
+    canonical = Canonical(plain, layers.Sum) if net == "resnet18" else plain
+    assert canonical(x).allclose(plain(x))
+    with theirs(**bounds).context(canonical) as m:
         (wanted,) = torch.autograd.grad(m(leaf), leaf, r)
     leaf = x.clone().requires_grad_()
-    with ours.on(net, convention="relevance") as m:
+    with ours.on(plain, convention="relevance") as m:
         close(torch.autograd.grad(m(leaf), leaf, r)[0], wanted, 1e-9)
 
 
