@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks.batching import align, dense
 from tdconcepts.hooks.calling import explained, missing_entries
 from tdconcepts.hooks.contexts import acted_on, run_under
@@ -94,23 +94,17 @@ class Pullback:
         steps = steps if rules is None else rules.around(module, steps)
         self._rule_keys = () if rules is None else rules.in_keys
         keep = [place.module for place in self._places.values()]
-        goals: list[NestedKey] = [] if isinstance(target.of, Site) else [target.of]
         self._read = None
         if isinstance(target.of, Site):
             place = self._one_place(target.of)
             self._read = Read(target.of)
             steps.append(Step(place, self._read))
             keep.append(place.module)
-        elif target.of not in module.out_keys:
-            raise BadKey(
-                f"the module writes no entry {key_text(target.of)} to explain",
-                got=repr(target),
-                needed=nearest(target.of, module.out_keys),
-                fix=f"Target(Site({target.of!r}), ...) for an activation inside the module",
-            )
+        target.check_goals(module.out_keys)
         self._whole = whole
         self._by_output = whole and target.by is not None and target.by in module.out_keys
-        self.stages = [module] if whole else needed(module, goals, keep)
+        self._given = [] if whole or target.by is not None else [k for k in target.in_keys if k in module.out_keys]
+        self.stages = [module] if whole else needed(module, target.goals, keep)
         self._passed = [] if self.stages == [module] else containers(module)
         if any(inner in self._passed for inner in keep):
             self.stages, self._passed = [module], []
@@ -248,6 +242,12 @@ class Pullback:
     def _values(self, work: TensorDictBase, td: TensorDictBase, run: Run, held: Tensor | None) -> tuple[Tensor, bool]:
         value = self._target_value(work, run, td)
         source = td if self.target.by is not None and not self._by_output else work
+        if self._given:  # the selection reads what was given, also where the stages that run write it anew
+            source = work.copy()
+            for key in self._given:
+                if (given := td.get(key)) is None:
+                    raise missing_entries([key], td)
+                source.set(key, given)
         return self.target.read(value, source, td.batch_dims, held)
 
     def _target_value(self, work: TensorDictBase, run: Run, td: TensorDictBase) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import usable
 from tdconcepts.hooks.sites import Site
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -33,7 +33,8 @@ class Target:
             * ``"argmax"``: the largest element of each row that is a vector. Methods that look at several points
               (paths, noise) choose it once, at the point that is explained, and hold it;
             * a callable ``(value, td) -> [*B]`` (module-level, if it has to be pickled); it sees what the model reads
-              and writes, and the entries in its ``in_keys``, if it has this attribute;
+              and writes. If it has ``in_keys``, these entries are as they were *given* (the logged action, say), unless
+              the explainer writes the model's ``outputs``; if it has ``goals``, the model writes these entries too;
             * a list, ``range`` or ``slice`` of these: *several targets at once*, along a new dim after the batch dims.
               A tuple with slices in it names several elements, so it is several targets too.
 
@@ -107,9 +108,23 @@ class Target:
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that the selection reads: ``by``, and the ``in_keys`` of callables that have them."""
-        chosen = self.select if isinstance(self.select, list) else [self.select]
-        named = [as_key(key) for one in chosen if callable(one) for key in getattr(one, "in_keys", ())]
-        return list(dict.fromkeys([*([] if self.by is None else [self.by]), *named]))
+        return list(dict.fromkeys([*([] if self.by is None else [self.by]), *self._named("in_keys")]))
+
+    @property
+    def goals(self) -> list[NestedKey]:
+        """The entries that the model has to write: ``of``, and the ``goals`` of callables that have them."""
+        return list(dict.fromkeys([*([] if isinstance(self.of, Site) else [self.of]), *self._named("goals")]))
+
+    def check_goals(self, out_keys: Sequence[NestedKey]) -> None:
+        """Raise for a goal that is not among the model's ``out_keys``."""
+        for key in self.goals:
+            if key not in out_keys:
+                raise BadKey(
+                    f"the module writes no entry {key_text(key)} to explain",
+                    got=repr(self),
+                    needed=nearest(key, out_keys),
+                    fix=f"Target(Site({key!r}), ...) for an activation inside the module",
+                )
 
     @property
     def moves(self) -> bool:
@@ -120,6 +135,10 @@ class Target:
         """The index ``[*B]`` that ``"argmax"`` chooses at ``value``."""
         self._need_vector(value, lead, "argmax")
         return value.detach().argmax(-1)
+
+    def _named(self, attribute: str) -> list[NestedKey]:
+        chosen = self.select if isinstance(self.select, list) else [self.select]
+        return [as_key(key) for one in chosen if callable(one) for key in getattr(one, attribute, ())]
 
     def _one(
         self, value: Tensor, td: TensorDictBase, lead: int, select: Select, held: Tensor | None

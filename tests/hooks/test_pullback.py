@@ -605,3 +605,33 @@ def test_errors_of_the_model_come_out_as_they_are():
         Pullback(net, Target("y", 0), Site("0")).gradients(batch(features=5))
     assert not hook_count(net)
     assert Patch({Site("0"): Scale(1.0)}).on(net)(batch())["y"].shape == (5, 2)
+
+
+class Ratio:
+    """``value[..., i] / scale`` for the index in ``"action"``, which the model writes too."""
+
+    in_keys = ("action",)
+    goals = ("scale",)
+
+    def __call__(self, value, td):
+        return value.gather(-1, td["action"].unsqueeze(-1)).squeeze(-1) / td["scale"].squeeze(-1)
+
+
+def test_a_selection_reads_what_was_given_and_what_the_model_writes():
+    values, scale = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 1), nn.Softplus())
+    module = TensorDictSequential(
+        TensorDictModule(lambda x: (values(x), values(x).argmax(-1)), ["x"], ["q", "action"]),
+        TensorDictModule(scale, ["x"], ["scale"]),
+    )
+    td = TensorDict(x=torch.randn(6, 4), action=torch.arange(6) % 3, batch_size=[6])
+    pull = Pullback(module, Target("q", Ratio()))
+    assert pull.in_keys == ["x", "action"]
+    for index, whole in ((td["action"], False), (values(td["x"]).argmax(-1), True)):
+        x = td["x"].clone().requires_grad_()
+        slow = (values(x).gather(-1, index.unsqueeze(-1)) / scale(x)).sum()
+        found = Pullback(module, Target("q", Ratio()), whole=whole).gradients(td)[0]
+        torch.testing.assert_close(found, torch.autograd.grad(slow, x)[0])
+    with pytest.raises(BadKey, match="no entry 'action'"):
+        pull(td.exclude("action"))
+    with pytest.raises(BadKey, match="writes no entry 'scale'"):
+        Pullback(module[0], Target("q", Ratio()))
