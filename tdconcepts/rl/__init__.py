@@ -1,18 +1,30 @@
 """torchrl: agents, rollouts and returns. Importing this room does not import torchrl; using an environment does."""
 
 from tdconcepts.rl.agents import TrainedAgent, cartpole_env, cartpole_policy, ppo_cartpole
+from tdconcepts.rl.distributional import distribution_mean, distribution_quantile
 from tdconcepts.rl.episodes import episode_returns
 from tdconcepts.rl.returns import Returns, compare_returns
 from tdconcepts.rl.rollouts import explain_rollout, rollout_episodes
+from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, state_value
+from tdconcepts.rl.times import at_time
 
 __all__ = [
     "Returns",
     "TrainedAgent",
+    "advantage",
+    "at_time",
     "cartpole_env",
     "cartpole_policy",
+    "chosen_value",
     "compare_returns",
+    "contrast",
+    "distribution_mean",
+    "distribution_quantile",
+    "entropy",
     "episode_returns",
     "explain_rollout",
+    "log_prob",
     "ppo_cartpole",
     "rollout_episodes",
+    "state_value",
 ]
