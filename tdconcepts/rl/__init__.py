@@ -5,13 +5,17 @@ from tdconcepts.rl.distributional import distribution_mean, distribution_quantil
 from tdconcepts.rl.episodes import episode_returns
 from tdconcepts.rl.returns import Returns, compare_returns
 from tdconcepts.rl.rollouts import explain_rollout, rollout_episodes
+from tdconcepts.rl.stages import AgentStages, Stage, agent_stages
 from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, state_value
 from tdconcepts.rl.times import at_time
 
 __all__ = [
+    "AgentStages",
     "Returns",
+    "Stage",
     "TrainedAgent",
     "advantage",
+    "agent_stages",
     "at_time",
     "cartpole_env",
     "cartpole_policy",
