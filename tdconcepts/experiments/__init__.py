@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from tdconcepts.experiments.effects import ablation_effects, attribution_patching
+from tdconcepts.experiments.ideal import SweepPlan
+from tdconcepts.experiments.interchange import ReplaceWithin, interchange
 from tdconcepts.experiments.patching import activation_patching, causal_trace
-from tdconcepts.experiments.sweep import Sweep, SweepPlan
+from tdconcepts.experiments.paths import path_patching
+from tdconcepts.experiments.sweep import Sweep
 from tdconcepts.experiments.table import Experiments, each, every, grid, product, together
 
 __all__ = [
     "Experiments",
+    "ReplaceWithin",
     "Sweep",
     "SweepPlan",
     "ablation_effects",
@@ -18,6 +22,8 @@ __all__ = [
     "each",
     "every",
     "grid",
+    "interchange",
+    "path_patching",
     "product",
     "together",
 ]

@@ -8,10 +8,21 @@ from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.experiments.patching import DONOR, PATCHING, Split, check_target, concrete, donors, measured
+from tdconcepts.experiments.patching import Split
+from tdconcepts.experiments.runs import (
+    DONOR,
+    PATCHING,
+    check_target,
+    concrete,
+    donors,
+    entry_of,
+    measured,
+    place_all,
+    runs_of,
+)
 from tdconcepts.experiments.sweep import Sweep
 from tdconcepts.experiments.table import Where, every
-from tdconcepts.hooks import Ablate, Pullback, Replace, Site, Target, check_module, check_td, dispatch_rows
+from tdconcepts.hooks import Ablate, Pullback, Replace, Target, check_module, check_td, dispatch_rows
 from tdconcepts.hooks.batching import expand
 from tdconcepts.hooks.programs import EditLike
 from tdconcepts.keys import SWEEP, as_key, join, key_text
@@ -39,7 +50,7 @@ class AblationEffects(TensorDictModuleBase):
         check_target(model, target)
         self.sites = concrete(model, sites)
         self.resample = generator is not None
-        parts = [split(site, Replace((DONOR, _name(site))) if self.resample else edit) for site in self.sites]
+        parts = [split(site, Replace(entry_of(DONOR, site)) if self.resample else edit) for site in self.sites]
         experiments = parts[0]
         for part in parts[1:]:
             experiments = experiments + part
@@ -57,10 +68,8 @@ class AblationEffects(TensorDictModuleBase):
         with torch.no_grad():
             run = tensordict.select(*self.in_keys, strict=False)
             taken, out = donors(self.model, run, self.sites if self.resample else [])
-            for name, values in taken.items():
-                if len(values) > 1:
-                    raise BadValue(f"the module at {name} runs several times", needed="a site that says which call")
-                run.set((DONOR, name), self._shuffled(values[0], lead))
+            shuffled = {site: [self._shuffled(value, lead) for value in values] for site, values in taken.items()}
+            place_all(run, DONOR, shuffled, once=True)
             swept = self.sweep(run)[SWEEP].get(target.of)
             before = out.get(target.of)
             held = target.hold(before, lead) if target.moves else None
@@ -86,11 +95,9 @@ class AttributionPatching(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.model, self.target, self.n_steps = check_module(model, "model"), target, n_steps
-        if direction not in ("denoise", "noise"):
-            raise BadValue("no such direction", got=repr(direction), needed='"denoise" or "noise"')
+        self._runs = runs_of(direction)
         if type(n_steps) is not int or n_steps < 1:
             raise BadValue("not a number of steps", got=repr(n_steps), needed="1 or more")
-        self._runs = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
         check_target(model, target)
         self.sites = concrete(model, sites)
         self._pull = Pullback(model, target, list(self.sites))
@@ -240,6 +247,7 @@ def attribution_patching(
     Source: Nanda 2023, Attribution Patching; Hanna et al. 2024, eq. 3 (EAP-IG).
 
     Examples:
+        >>> from tdconcepts import Site
         >>> from tensordict.nn import TensorDictModule
         >>> net = TensorDictModule(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)), ["x"], ["y"])
         >>> patching = attribution_patching(net, Site("0"), Target("y"))
@@ -250,7 +258,3 @@ def attribution_patching(
         True
     """
     return AttributionPatching(model, sites, target, direction, n_steps)
-
-
-def _name(site: Where) -> str:
-    return str(site) if isinstance(site, Site) else key_text(site)

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.experiments.plans import Steps
+from tdconcepts.errors import BadKey
+from tdconcepts.experiments.runs import (
+    DONOR,
+    PATCHING,
+    called,
+    check_target,
+    concrete,
+    donors,
+    entry_of,
+    measured,
+    place_all,
+    runs_of,
+)
 from tdconcepts.experiments.sweep import Sweep
-from tdconcepts.experiments.table import Experiments, Where, each, every, product, together
+from tdconcepts.experiments.table import Experiments, Where, each, every, product, together, where_text
 from tdconcepts.hooks import (
     Add,
-    Hooked,
     Replace,
-    Site,
     Target,
-    capture,
     check_module,
     check_td,
     dispatch_rows,
-    locate,
     patch,
 )
 from tdconcepts.hooks.programs import EditLike
 from tdconcepts.keys import SWEEP, NestedKey, as_key, join, key_text
 
-__all__ = ["Patching", "Split", "activation_patching", "causal_trace", "concrete", "donors", "measured"]
+__all__ = ["Patching", "Split", "activation_patching", "causal_trace"]
 
-PATCHING, DONOR = "patching", "activation of the donor"
 Split: TypeAlias = Callable[[Any, EditLike], Experiments]
 
 
@@ -49,7 +55,7 @@ class Patching(TensorDictModuleBase):
         sites: what is patched: sites and entries, globs too.
         target: the number y, of an entry that the model writes; None writes the outputs alone.
         split: from a site and an edit to experiments: :func:`each` or :func:`every` with its options.
-        direction: ``"denoise"`` (the donor is the clean run) or ``"noise"`` (the donor is the corrupt one).
+        runs: the names of the run and of the donor: ``("corrupt", "clean")``, ``("base", "source")``.
         noise: for causal tracing, where noise is added and the entry that holds it; there is one input then.
         chunk_size: how many rows may be in flight.
     """
@@ -60,16 +66,14 @@ class Patching(TensorDictModuleBase):
         sites: Where | list[Where],
         target: Target | None,
         split: Split,
-        direction: Literal["denoise", "noise"],
+        runs: tuple[str, str],
         noise: tuple[Where, NestedKey] | None,
         chunk_size: int | None,
     ) -> None:
         super().__init__()
         self.model = check_module(model, "model")
         self.target, self.split, self.noise, self.chunk_size = target, split, noise, chunk_size
-        if direction not in ("denoise", "noise"):
-            raise BadValue("no such direction", got=repr(direction), needed='"denoise" or "noise"')
-        self._runs = ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
+        self._runs = runs
         self.sites = concrete(model, sites)
         if target is not None:
             check_target(model, target)
@@ -77,7 +81,7 @@ class Patching(TensorDictModuleBase):
         extra = [] if target is None else target.in_keys
         read = map(as_key, model.in_keys)
         if noise is None:
-            inputs = [as_key(join(name, key)) for key in read for name in ("clean", "corrupt")]
+            inputs = [as_key(join(name, key)) for key in read for name in sorted(runs)]
         else:
             inputs = [*read, as_key(noise[1])]
         self.in_keys = list(dict.fromkeys([*inputs, *extra]))
@@ -85,7 +89,11 @@ class Patching(TensorDictModuleBase):
         self._effect = () if target is None else (PATCHING, "effect")
         self.out_keys += [self._effect] if self._effect else []
         self._sweeps: dict[Any, Sweep] = {}
-        self._sweep(tuple([1] * len(self.sites)))  # so that errors come now
+
+    def checked(self) -> Self:
+        """This, after a look at what it describes, so that errors come before the first call."""
+        self._sweep((1,) * len(self.sites))
+        return self
 
     @dispatch_rows
     @set_skip_existing(None)
@@ -93,19 +101,13 @@ class Patching(TensorDictModuleBase):
         """Run both, and the experiments."""
         check_td(tensordict)
         with torch.no_grad():
-            run, donor = (self._input(tensordict, name) for name in self._runs)
-            taken, donor_out = donors(self.model, donor, self.sites)
-            sweep = self._sweep(tuple(len(values) for values in taken.values()))
-            for name, values in taken.items():
-                for call, value in enumerate(values):
-                    run.set(_donor(name, call, len(values)), value)
+            run, donor_out, sweep = self._prepared(tensordict)
             if self.noise is None:
                 out = self.model(run.copy())
             else:
                 with patch(self.model, {self.noise[0]: Add(self.noise[1])}) as noisy:
                     out = noisy(run.copy())
-            swept = sweep(run.copy())
-            results = [swept.get(key) for key in sweep.out_keys]
+            results = self._swept(sweep, run)
             if self.target is not None:
                 results.append(self._effects(self.target, tensordict, results[0], out, donor_out))
         for key, value in zip(self._written(), results, strict=True):
@@ -115,12 +117,24 @@ class Patching(TensorDictModuleBase):
     def names(self, tensordict: TensorDictBase) -> tuple[str, ...]:
         """What each experiment patches, in their order on a batch like this one."""
         with torch.no_grad():
-            run, donor = (self._input(tensordict, name) for name in self._runs)
-            taken, _ = donors(self.model, donor, self.sites)
-            for name, values in taken.items():
-                for call, value in enumerate(values):
-                    run.set(_donor(name, call, len(values)), value)
-            return self._sweep(tuple(len(values) for values in taken.values())).names(run)
+            run, _, sweep = self._prepared(tensordict)
+            beside = "".join(f"{name} & " for name in self._beside())
+            return tuple(name.removeprefix(beside) for name in sweep.names(run))
+
+    def _beside(self) -> list[str]:
+        """What is changed in every experiment, by name."""
+        return [] if self.noise is None else [where_text(self.noise[0])]
+
+    def _prepared(self, td: TensorDictBase) -> tuple[TensorDict, TensorDictBase, Sweep]:
+        """The run with the donor's activations in it, what the donor wrote, and the experiments."""
+        run, donor = (self._input(td, name) for name in self._runs)
+        taken, donor_out = donors(self.model, donor, self.sites)
+        place_all(run, DONOR, taken)
+        return run, donor_out, self._sweep(tuple(len(values) for values in taken.values()))
+
+    def _swept(self, sweep: Sweep, run: TensorDict) -> list[Tensor]:
+        swept = sweep(run.copy())
+        return [swept.get(key) for key in sweep.out_keys]
 
     def _effects(
         self, target: Target, td: TensorDictBase, swept: Tensor, out: TensorDictBase, donor_out: TensorDictBase
@@ -152,15 +166,18 @@ class Patching(TensorDictModuleBase):
 
     def _sweep(self, calls: tuple[int, ...]) -> Sweep:
         if calls not in self._sweeps:
-            parts = []
-            for site, m in zip(self.sites, calls, strict=True):
-                several = [self.split(_call(site, call, m), Replace(_donor(_name(site), call, m))) for call in range(m)]
-                parts.append(several[0] if m == 1 else together(*several))
-            total = functools.reduce(operator.add, parts)
-            if self.noise is not None:
-                total = product(each(self.noise[0], Add(self.noise[1])), total)
-            self._sweeps[calls] = Sweep(self.model, total, outputs=self._outputs, chunk_size=self.chunk_size)
+            self._sweeps[calls] = self._described(functools.reduce(operator.add, self._parts(calls)))
         return self._sweeps[calls]
+
+    def _parts(self, calls: tuple[int, ...]) -> Iterator[Experiments]:
+        for site, m in zip(self.sites, calls, strict=True):
+            several = [self.split(called(site, call, m), Replace(entry_of(DONOR, site, call, m))) for call in range(m)]
+            yield several[0] if m == 1 else together(*several)
+
+    def _described(self, total: Experiments) -> Sweep:
+        if self.noise is not None:
+            total = product(each(self.noise[0], Add(self.noise[1])), total)
+        return Sweep(self.model, total, outputs=list(self._outputs), chunk_size=self.chunk_size)
 
     def _written(self) -> list[NestedKey]:
         keys: list[NestedKey] = [as_key(join(SWEEP, key)) for key in self._outputs]
@@ -205,6 +222,7 @@ def activation_patching(
     Source: Vig et al. 2020; Meng et al. 2022, section 2; Zhang and Nanda 2024 for the directions and the measure.
 
     Examples:
+        >>> from tdconcepts import Site
         >>> from tensordict.nn import TensorDictModule
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
         >>> patching = activation_patching(TensorDictModule(net, ["x"], ["y"]), [Site("0"), Site("2")], Target("y", 0))
@@ -213,7 +231,7 @@ def activation_patching(
         >>> torch.allclose(td["patching", "effect"], torch.ones(5, 2))  # each of these layers carries all
         True
     """
-    return Patching(model, sites, target, split, direction, None, chunk_size)
+    return Patching(model, sites, target, split, runs_of(direction), None, chunk_size).checked()
 
 
 def causal_trace(
@@ -250,6 +268,7 @@ def causal_trace(
     Source: Meng et al. 2022 (ROME), section 2.1.
 
     Examples:
+        >>> from tdconcepts import Site
         >>> from tensordict.nn import TensorDictModule
         >>> layers = [torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Flatten(-2), torch.nn.Linear(18, 2)]
         >>> net = torch.nn.Sequential(*layers)
@@ -258,7 +277,8 @@ def causal_trace(
         >>> td["patching", "effect"].unflatten(-1, (2, -1)).shape
         torch.Size([5, 2, 3])
     """
-    return Patching(model, sites, target, _Positions(positions), "denoise", (at, noise), chunk_size)
+    split = _Positions(positions)
+    return Patching(model, sites, target, split, runs_of("denoise"), (at, noise), chunk_size).checked()
 
 
 class _Positions:
@@ -267,75 +287,3 @@ class _Positions:
 
     def __call__(self, where: Where, edit: EditLike) -> Experiments:
         return every(where, edit, self.positions, dim=-2)
-
-
-def concrete(model: TensorDictModuleBase, sites: Where | list[Where]) -> list[Where]:
-    """The sites of one model that ``sites`` names, globs resolved; entries that it reads among them."""
-    found: list[Where] = []
-    for where in each(sites, Replace(0.0)).wheres():
-        if not isinstance(where, Site) and where in model.in_keys and where not in model.out_keys:
-            found.append(where)
-        else:
-            found += [place.what for place in locate(model, where)]
-    return list(dict.fromkeys(found))
-
-
-def donors(
-    model: TensorDictModuleBase, td: TensorDictBase, sites: Sequence[Where]
-) -> tuple[dict[str, list[Tensor]], TensorDictBase]:
-    """One forward: the activation at each site, at each of its calls, and what the model wrote."""
-    inner = {site: _every_call(site) for site in sites if isinstance(site, Site)}
-    found: dict[str, list[Tensor]] = {}
-    if not inner:
-        out = Hooked(model, Steps([]))(td.copy())
-    else:
-        with capture(model, *inner.values(), clone=True) as m:
-            out = m(td.copy())
-    for site in sites:
-        if isinstance(site, Site):
-            value = out["activation", str(inner[site])]
-            found[_name(site)] = list(value.unbind(td.batch_dims)) if site.call in (None, "all") else [value]
-        else:
-            found[_name(site)] = [out.get(site)]
-    return found, out
-
-
-def check_target(model: TensorDictModuleBase, target: object) -> None:
-    """Raise for what is no target of an entry of the model."""
-    if not isinstance(target, Target):
-        raise BadType("not a Target", got=repr(target), needed='Target("logits", 3)')
-    if isinstance(target.of, Site) or target.of not in model.out_keys:
-        raise BadKey("the target is no entry that the model writes", got=repr(target), needed=f"{model.out_keys}")
-
-
-def measured(
-    target: Target, value: Tensor, td: TensorDictBase, lead: int, held: Tensor | None, experiments: bool = False
-) -> Tensor:
-    """The target's numbers of ``value`` ``[*B, ...]``, or of ``[*B, N, ...]`` where there are experiments."""
-    if not experiments:
-        return target.read(value, td, lead, held)[0]
-    shape = value.shape[: lead + 1]
-    rows = TensorDict({}, batch_size=shape, device=td.device)
-    for key in target.in_keys:
-        entry = td.get(key)
-        if isinstance(entry, Tensor):
-            rows.set(key, entry.unsqueeze(lead).expand(*shape, *entry.shape[lead:]))
-    return target.read(value, rows, lead + 1, None if held is None else held.unsqueeze(lead).expand(shape))[0]
-
-
-def _every_call(site: Site) -> Site:
-    return site if site.call is not None else Site(site.path, site.side, site.index, "all", site.leaf)
-
-
-def _call(site: Where, call: int, m: int) -> Where:
-    if not isinstance(site, Site) or isinstance(site.call, int):
-        return site
-    return Site(site.path, site.side, site.index, None if m == 1 else call, site.leaf)
-
-
-def _name(site: Where) -> str:
-    return str(site) if isinstance(site, Site) else key_text(site)
-
-
-def _donor(name: str, call: int, m: int) -> NestedKey:
-    return (DONOR, name if m == 1 else f"{name}@{call}")

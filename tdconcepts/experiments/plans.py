@@ -14,14 +14,14 @@ from tdconcepts.experiments.chains import Chain
 from tdconcepts.experiments.growth import Schedule
 from tdconcepts.experiments.moves import Move, Unfit, within
 from tdconcepts.experiments.table import Table, Where, made
-from tdconcepts.hooks import Bound, Hooked, Patch
+from tdconcepts.hooks import Bound, Capture, Hooked, Patch
 from tdconcepts.hooks.batching import expand
 from tdconcepts.hooks.plans import Run, Step
 from tdconcepts.hooks.programs import checked_edit
 from tdconcepts.hooks.sites import Place
 from tdconcepts.keys import NestedKey
 
-__all__ = ["PLANS", "Case", "Reach", "Results", "Steps", "restricted"]
+__all__ = ["PLANS", "Case", "Reach", "Results", "Steps", "observed", "restricted"]
 
 Results = dict[NestedKey, Tensor]
 
@@ -57,6 +57,7 @@ class Case:
         n: how many experiments there are.
         order: the places, in the order in which a forward reaches them.
         outputs: the entries that are wanted.
+        seen: captures that are wanted; their entries are among the outputs.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Case:
         n: int,
         order: Sequence[Reach],
         outputs: Sequence[NestedKey],
+        seen: Capture | None = None,
     ) -> None:
         self.module, self.moves, self.n, self.order, self.outputs = module, tuple(moves), n, tuple(order), outputs
+        self.seen = seen
         self.kept: dict[Any, Any] = {}  # what a plan prepares once
 
     def once(self, name: Any, make: Callable[[], Any]) -> Any:
@@ -75,6 +78,10 @@ class Case:
         if name not in self.kept:
             self.kept[name] = make()
         return self.kept[name]
+
+    def hooked(self, program: Any) -> Hooked:
+        """The model under a program; what is captured is what the program has made."""
+        return observed(Hooked(self.module, program), self.seen)
 
     def at(self, where: Where) -> list[Move]:
         """The moves at one place."""
@@ -87,6 +94,11 @@ class Case:
             for i in (move.plain.members == n).nonzero().flatten().tolist():
                 edits.setdefault(move.plain.where, []).append(move.part(i))
         return Patch({where: _InTurn(parts) if len(parts) > 1 else parts[0] for where, parts in edits.items()})
+
+
+def observed(model: Hooked, seen: Capture | None) -> Hooked:
+    """A model with captures around it, if there are any."""
+    return model if seen is None else Hooked(model, seen)
 
 
 class _InTurn:
@@ -107,7 +119,7 @@ class _InTurn:
 
 def run_one(case: Case, td: TensorDictBase, n: int) -> Results:
     """Experiment ``n`` by itself: the reference for every plan."""
-    hooked = case.once(("one", n), lambda: Hooked(case.module, case.patch(n)))
+    hooked = case.once(("one", n), lambda: case.hooked(case.patch(n)))
     out = hooked(td.copy())
     return {key: out.get(key) for key in case.outputs}
 
@@ -122,7 +134,7 @@ def run_batch(case: Case, td: TensorDictBase) -> Results:
     """One forward on ``n`` copies of the batch, each changed in its own way."""
     current: dict[str, Any] = {"td": td}
     wheres = dict.fromkeys(reach.where for reach in case.order)
-    hooked = Hooked(case.module, Patch({where: _Batched(case.at(where), case.n, current) for where in wheres}))
+    hooked = case.hooked(Patch({where: _Batched(case.at(where), case.n, current) for where in wheres}))
     out = hooked(expand(td, case.n, td.keys(True, True)))
     return {key: _split(out.get(key), case.n, td) for key in case.outputs}
 
@@ -177,7 +189,7 @@ def _vmapped(case: Case, td: TensorDictBase, moves: Sequence[Move], m: int) -> R
     edits: dict[Where, list[_Mapped]] = {}
     for j, move in enumerate(moves):
         edits.setdefault(move.plain.where, []).append(_Mapped(move, td, current, j))
-    hooked = Hooked(case.module, Patch({where: _InTurn(several) for where, several in edits.items()}))
+    hooked = case.hooked(Patch({where: _InTurn(several) for where, several in edits.items()}))
 
     def one(_: Tensor, mapped: Any) -> tuple[Tensor, ...]:
         current.update(enumerate(mapped))
@@ -232,7 +244,7 @@ def run_grow(case: Case, td: TensorDictBase) -> Results:
     flat = TensorDict({}, batch_size=[])
     for key in td.keys(True, True):
         flat.set(key, td.get(key))
-    out = Hooked(case.module, Steps(steps))(flat)
+    out = case.hooked(Steps(steps))(flat)
     if next(events, None) is not None:
         raise Unfit("a place was not reached")
     found = {}
@@ -260,6 +272,8 @@ class _Act:
 
 def run_resume(case: Case, td: TensorDictBase) -> Results:
     """The pipeline is run stage by stage; rows are added where experiments begin, and only there."""
+    if case.seen is not None:
+        raise Unfit("sites are wanted")
     chain, schedule, events = case.once("chain", lambda: _chained(case))
     found = dict(chain.run(td, schedule, events))
     return {key: found[key] for key in case.outputs}

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadValue, nearest
+from tdconcepts.experiments.ideal import SweepPlan, ideal, operations
+from tdconcepts.experiments.listing import as_experiments, as_tensordict
 from tdconcepts.experiments.moves import Unfit
-from tdconcepts.experiments.plans import PLANS, Case, Reach, Results, Steps, restricted, run_one
+from tdconcepts.experiments.plans import PLANS, Case, Reach, Results, Steps, observed, restricted, run_one
 from tdconcepts.experiments.table import Experiments, Table, Where, check_experiments, reads
-from tdconcepts.hooks import Hooked, Site, check_module, check_td, dispatch_rows, locate
+from tdconcepts.hooks import Capture, Hooked, Site, check_module, check_td, dispatch_rows, locate
 from tdconcepts.hooks.batching import check_chunk_size, dense
 from tdconcepts.hooks.contexts import acted_on, active
 from tdconcepts.hooks.leaves import pick
@@ -25,33 +27,11 @@ from tdconcepts.hooks.sites import Place, module_paths
 from tdconcepts.hooks.stages import containers
 from tdconcepts.keys import SWEEP, NestedKey, as_key, as_keys, check_writable, join, key_text
 
-__all__ = ["Sweep", "SweepPlan"]
+__all__ = ["Sweep"]
 
 _ELEMENTS = 2**22  # of the widest activation known, in flight: 16 MB of float32
 _LARGE = 2**16  # parameters from which on sharing what lies before a site pays for vmap's own work
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepPlan:
-    """How a sweep runs on a batch.
-
-    ``name``: ``"resume"``, ``"grow"``, ``"vmap"``, ``"batch"`` or ``"sequential"``; ``experiments``: how many;
-    ``chunks``: in how many pieces; ``ideal``: the floating-point operations that would do, one forward and what
-    follows the first change of each experiment, divided by those that were counted (1.0 is perfect; above it where
-    branches that no experiment reaches run once); ``why_not``: for each plan that was tried before, why it won't do.
-    """
-
-    name: str
-    experiments: int
-    chunks: int
-    ideal: float
-    why_not: dict[str, str]
-
-    def __str__(self) -> str:
-        tried = "".join(f"\n  not {name}: {why}" for name, why in self.why_not.items())
-        pieces = "" if self.chunks == 1 else f" in {self.chunks} chunks"
-        return f"{self.experiments} experiments by {self.name}{pieces}: {self.ideal:.0%} of the ideal{tried}"
 
 
 class Sweep(TensorDictModuleBase):
@@ -75,8 +55,10 @@ class Sweep(TensorDictModuleBase):
 
     Args:
         model: a TensorDictModule.
-        experiments: :func:`every`, :func:`each`, :func:`grid`, :func:`product`, or a sum of these.
-        outputs: the entries that are wanted; default: all that the model writes.
+        experiments: :func:`every`, :func:`each`, :func:`grid`, :func:`product`, or a sum of these; or a TensorDict with
+            a row for each change: ``"site"``, ``"index"``, ``"value"``, ``"name"``, as :meth:`table` gives it.
+        outputs: the entries that are wanted, and sites: ``("sweep", "blocks.3")``. Where only sites are wanted, a
+            forward ends after the last of them. Default: all entries that the model writes.
         chunk_size: how many rows may be in flight; results do not depend on it. Default: chosen from the sizes.
         out_key: the first part of the keys that are written.
 
@@ -99,27 +81,33 @@ class Sweep(TensorDictModuleBase):
     def __init__(
         self,
         model: TensorDictModuleBase,
-        experiments: Experiments,
+        experiments: Experiments | TensorDictBase,
         *,
-        outputs: NestedKey | list[NestedKey] | None = None,
+        outputs: Where | list[Where] | None = None,
         chunk_size: int | None = None,
         out_key: NestedKey = SWEEP,
     ) -> None:
         super().__init__()
         self.model = check_module(model, "model")
-        self.experiments = check_experiments(experiments)
+        listed = as_experiments(experiments) if isinstance(experiments, TensorDictBase) else experiments
+        self.experiments = check_experiments(listed)
         self.chunk_size = check_chunk_size(chunk_size)
-        self._outputs = list(map(as_key, model.out_keys)) if outputs is None else as_keys(outputs)
-        for key in self._outputs:
-            if key not in model.out_keys:
-                raise BadKey(f"the model writes no entry {key_text(key)}", needed=nearest(key, list(model.out_keys)))
+        several = list(model.out_keys) if outputs is None else outputs if isinstance(outputs, list) else [outputs]
+        self._outputs = _wanted(model, [where for where in several if not isinstance(where, Site)])
+        names = list(self._outputs)
+        self._seen = _captures([where for where in several if isinstance(where, Site)])
+        if self._seen:
+            found = [key for bound in self._seen[-1].bind(model) for key in bound.out_keys]
+            names += [join(key)[-1] for key in found]
+            self._seen = self._seen[-1:] if self._outputs else self._seen
+            self._outputs += found
         paths = module_paths(model)
-        self._places = {where: self._located(where, paths) for where in experiments.wheres()}
-        read = [key for edit in experiments.edits() for key in reads(edit)]
+        self._places = {where: self._located(where, paths) for where in self.experiments.wheres()}
+        read = [key for edit in self.experiments.edits() for key in reads(edit)]
         self._inner = [key for key in read if key in model.out_keys and key not in model.in_keys]
         outer = [key for key in read if key not in self._inner]
         self.in_keys = list(dict.fromkeys([*map(as_key, model.in_keys), *outer]))
-        self.out_keys = [as_key(join(out_key, key)) for key in self._outputs]
+        self.out_keys = [as_key(join(out_key, name)) for name in names]
         self._written = list(zip(self._outputs, self.out_keys, strict=True))
         check_writable(self.out_keys, self.in_keys)
         self._decided: dict[Any, _Decision] = {}
@@ -146,16 +134,25 @@ class Sweep(TensorDictModuleBase):
         with torch.no_grad():
             return self._decide(self._work(tensordict))[0].table.names
 
+    def table(self, tensordict: TensorDictBase) -> TensorDict:
+        """The experiments on a batch like this one as a TensorDict, a row for each change.
+
+        ``"experiment"`` (its number), ``"name"``, ``"site"``, ``"index"``, ``"value"`` (the edit). What is selected
+        from it is a description again: ``Sweep(model, sweep.table(td)[:10])``.
+        """
+        with torch.no_grad():
+            return as_tensordict(self._decide(self._work(tensordict))[0].table)
+
     def plan(self, tensordict: TensorDictBase) -> SweepPlan:
         """Which plan runs on this batch, and how close it comes to the ideal; it is run once, and counted."""
         with torch.no_grad():
             work = self._work(tensordict)
             decision, _ = self._decide(work)
-            with _flop_counter() as counter:
-                self._run(work, decision)
-            spent, ideal = counter.get_total_flops(), self._ideal(work, decision.table)
+            spent = operations(lambda: self._run(work, decision))
+            places = dict(itertools.chain(*self._places.values()))
+            least = ideal(work, decision.table, places, decision.chunks[0][1])
         chunks = decision.chunks
-        return SweepPlan(decision.name, decision.table.n, len(chunks), ideal / max(1, spent), dict(decision.why_not))
+        return SweepPlan(decision.name, decision.table.n, len(chunks), least / max(1, spent), dict(decision.why_not))
 
     def _work(self, td: TensorDictBase) -> TensorDictBase:
         for module in self._norms:
@@ -188,7 +185,7 @@ class Sweep(TensorDictModuleBase):
         return self._decided[key], None
 
     def _new_decision(self, td: TensorDictBase) -> tuple[_Decision, Results | None]:
-        order, shapes, base = self._probe(td)
+        order, shapes, base, seen = self._probe(td)
         table = self.experiments.resolve(
             lambda where: [(concrete, shapes[concrete]) for concrete, _ in self._places[where]]
         )
@@ -206,7 +203,7 @@ class Sweep(TensorDictModuleBase):
         chunks = []
         for start in range(0, table.n, step):
             some = members[start : start + step] if step < table.n else list(range(table.n))
-            chunks.append((some, Case(self.model, restricted(table, some), len(some), order, self._outputs)))
+            chunks.append((some, Case(self.model, restricted(table, some), len(some), order, self._outputs, seen)))
         decision = _Decision("sequential", table, chunks, {})
         for name in self._candidates(td, order, table):
             try:
@@ -228,8 +225,21 @@ class Sweep(TensorDictModuleBase):
         first = [] if acted_on(_parts(self.model)) else ["resume"]
         return [*first, "grow", *shared]
 
-    def _probe(self, td: TensorDictBase) -> tuple[list[Reach], dict[Where, torch.Size], Results]:
-        """One forward without changes: the places in their order, the shapes of their rows, and the outputs."""
+    def _probe(self, td: TensorDictBase) -> tuple[list[Reach], dict[Where, torch.Size], Results, Capture | None]:
+        """One forward without changes: the places in their order, the shapes of their rows, the outputs, the captures.
+
+        A forward that ends after the last site that is wanted must have reached all that is changed.
+        """
+        for seen in self._seen[:-1]:
+            try:
+                return self._probed(td, seen)
+            except BadValue:
+                continue
+        return self._probed(td, self._seen[-1] if self._seen else None)
+
+    def _probed(
+        self, td: TensorDictBase, seen: Capture | None
+    ) -> tuple[list[Reach], dict[Where, torch.Size], Results, Capture | None]:
         order: list[Reach] = []
         shapes: dict[Where, torch.Size] = {}
         steps = []
@@ -245,7 +255,7 @@ class Sweep(TensorDictModuleBase):
             else:
                 steps.append(Step(place, _Look(where, place, td, order, shapes), every=True))
         unique = {step.place.what: step for step in steps}
-        out = Hooked(self.model, Steps(list(unique.values())))(td.copy())
+        out = observed(Hooked(self.model, Steps(list(unique.values()))), seen)(td.copy())
         base = {}
         for key in self._outputs:
             value = out.get(key)
@@ -254,10 +264,10 @@ class Sweep(TensorDictModuleBase):
                     f"the model's entry {key_text(key)} is no tensor",
                     got=type(value).__name__,
                     needed="tensors to put side by side",
-                    fix=f"Sweep(..., outputs={[k for k in self.model.out_keys if k != key]})",
+                    fix=f"Sweep(..., outputs={[k for k in self._outputs if k != key]})",
                 )
             base[key] = value
-        return order, shapes, base
+        return order, shapes, base, seen
 
     def _run(self, td: TensorDictBase, decision: _Decision) -> Results:
         plan = PLANS[decision.name]
@@ -287,22 +297,6 @@ class Sweep(TensorDictModuleBase):
                     return f"it gives other numbers at {decision.table.names[member]}"
         return None
 
-    def _ideal(self, td: TensorDictBase, table: Table) -> float:
-        """Operations of one forward, and of what follows the first change of each experiment."""
-        seen: dict[Where, int] = {}
-        with _flop_counter() as counter:
-            steps = [
-                Step(place, _Count(where, counter, seen), every=True)
-                for where, place in dict(itertools.chain(*self._places.values())).items()
-                if place is not None
-            ]
-            Hooked(self.model, Steps(steps))(td.copy())
-        first = [counter.get_total_flops()] * table.n
-        for move in table.moves:
-            for member in move.members.tolist():
-                first[member] = min(first[member], seen.get(move.where, 0))
-        return counter.get_total_flops() + sum(counter.get_total_flops() - done for done in first)
-
 
 @dataclasses.dataclass
 class _Decision:
@@ -324,19 +318,20 @@ class _Look:
         return value
 
 
-def _flop_counter() -> Any:
-    from torch.utils.flop_counter import FlopCounterMode  # here, because importing it makes loggers
+def _wanted(model: TensorDictModuleBase, keys: list[Any]) -> list[NestedKey]:
+    found = as_keys(keys)
+    for key in found:
+        if key not in model.out_keys:
+            raise BadKey(f"the model writes no entry {key_text(key)}", needed=nearest(key, list(model.out_keys)))
+    return found
 
-    return FlopCounterMode(display=False)
 
-
-class _Count:
-    def __init__(self, where: Where, counter: Any, seen: dict[Where, int]) -> None:
-        self.where, self.counter, self.seen = where, counter, seen
-
-    def __call__(self, value: Tensor, run: Run) -> Tensor:
-        self.seen.setdefault(self.where, self.counter.get_total_flops())
-        return value
+def _captures(sites: list[Site]) -> list[Capture]:
+    """Captures of what is wanted: those that end the forward, where that can be, and those that don't."""
+    if not sites:
+        return []
+    last = any(site.call == "all" or (site.call or 0) < 0 for site in sites)  # known at the end of a forward only
+    return [*([] if last else [Capture(*sites, stop=True)]), Capture(*sites)]
 
 
 def _parts(model: TensorDictModuleBase) -> list[nn.Module]:

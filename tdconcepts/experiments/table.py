@@ -102,7 +102,7 @@ def every(
         raise BadValue("the dim of the units is counted from the end", got=f"dim={dim}", needed="-1, -2, ...")
     if groups is not None and (type(groups) is not int or groups < 1):
         raise BadValue("not a number of blocks", got=f"groups={groups!r}", needed="1 or more")
-    return _Every(_wheres(where), _checked_edit(edit), None if units is None else tuple(units), dim, groups)
+    return _Every(_wheres(where), checked_edit_like(edit), None if units is None else tuple(units), dim, groups)
 
 
 def each(where: Where | list[Where], edit: EditLike | list[EditLike]) -> Experiments:
@@ -117,7 +117,7 @@ def each(where: Where | list[Where], edit: EditLike | list[EditLike]) -> Experim
         >>> each(["hidden", Site("blocks.*")], Ablate())
         each(['hidden', Site('blocks.*')], [Ablate(units=None, to='zero', dim=-1)])
     """
-    edits = tuple(map(_checked_edit, edit if isinstance(edit, list) else [edit]))
+    edits = tuple(map(checked_edit_like, edit if isinstance(edit, list) else [edit]))
     if not edits:
         raise BadValue("no edit", needed="one edit or more")
     return _Each(_wheres(where), edits)
@@ -207,24 +207,26 @@ class _Every(Experiments):
             units = torch.tensor(blocks, dtype=torch.long)
             members = torch.arange(n, n + len(blocks))
             moves.append(Plain(where, (self.edit,), {self.dim: torch.stack([units, units + 1], 1) * width}, members))
-            names += [f"{_name(where)}[{', '.join([str(unit), *[':'] * (-1 - self.dim)])}]" for unit in blocks]
+            names += [f"{where_text(where)}[{', '.join([str(unit), *[':'] * (-1 - self.dim)])}]" for unit in blocks]
             n += len(blocks)
         return Table(n, tuple(moves), tuple(names))
 
     def _blocks(self, where: Where, shape: torch.Size) -> tuple[list[int], int]:
         if len(shape) < -self.dim:
             raise BadValue(
-                f"{_name(where)} has no dim {self.dim} in its rows", got=f"rows of shape {list(shape)}", needed="a dim"
+                f"{where_text(where)} has no dim {self.dim} in its rows",
+                got=f"rows of shape {list(shape)}",
+                needed="a dim",
             )
         size = shape[self.dim]
         if self.groups is not None and size % self.groups:
-            raise BadValue(f"{_name(where)} does not fall into {self.groups} equal blocks", got=f"{size} units")
+            raise BadValue(f"{where_text(where)} does not fall into {self.groups} equal blocks", got=f"{size} units")
         count = self.groups or size
         units = range(count) if self.units is None else self.units
         if not all(type(unit) is int and -count <= unit < count for unit in units):
             raise BadValue(
                 "experiments name units that do not exist",
-                got=f"{list(units)} at {_name(where)}",
+                got=f"{list(units)} at {where_text(where)}",
                 needed=f"within [0, {count})",
             )
         return [unit % count for unit in units], size // count
@@ -248,7 +250,7 @@ class _Each(Experiments):
         moves, names, m = [], [], len(self.several)
         for i, (where, _) in enumerate(_found(self.where, shapes)):
             moves.append(Plain(where, self.several, {}, torch.arange(i * m, (i + 1) * m)))
-            names += [_name(where) if m == 1 else f"{_name(where)} #{j}" for j in range(m)]
+            names += [where_text(where) if m == 1 else f"{where_text(where)} #{j}" for j in range(m)]
         return Table(len(names), tuple(moves), tuple(names))
 
 
@@ -327,13 +329,15 @@ def _wheres(where: Where | list[Where]) -> tuple[Where, ...]:
     return tuple(one if isinstance(one, Site) else as_key(one) for one in several)
 
 
-def _checked_edit(edit: Any) -> EditLike:
+def checked_edit_like(edit: Any) -> EditLike:
+    """``edit`` if it is one, else an error."""
     if callable(edit) and not isinstance(edit, type):
         return edit
     raise BadType("not an edit", got=repr(edit), needed="Ablate(), Replace(...), or a callable (value, td) -> value")
 
 
-def _name(where: Where) -> str:
+def where_text(where: Where) -> str:
+    """A site or an entry as experiments are named."""
     return str(where) if isinstance(where, Site) else key_text(where)
 
 

@@ -12,7 +12,6 @@ from tensordict.nn import TensorDictModule
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.experiments import activation_patching, causal_trace, every
-from tdconcepts.experiments.patching import concrete, donors
 from tdconcepts.hooks import Replace, Site, Target, capture, patch
 
 TARGET = Target("y", 0)
@@ -170,13 +169,6 @@ def test_causal_trace_of_an_entry_and_some_positions():
     )
     assert trace.in_keys == ["tokens", "shift"]
     assert trace(td)["patching", "effect"].shape == (2, 3)
-
-
-def test_donors():
-    model, td = residual(3)
-    taken, out = donors(model, td, concrete(model, [Site("shared"), Site("join.*"), "x"]))
-    assert [len(values) for values in taken.values()] == [2, 1, 1, 1, 1]
-    torch.testing.assert_close(taken["shared"][1], out["y"])
 
 
 def test_it_leaves_everything_as_it_was():

@@ -1,0 +1,105 @@
+"""Two runs of one model: what one of them wrote, and how it is brought into the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.experiments.plans import Steps
+from tdconcepts.experiments.table import Where, each, where_text
+from tdconcepts.hooks import Hooked, Replace, Site, Target, capture, locate
+from tdconcepts.keys import NestedKey
+
+__all__ = ["called", "check_target", "concrete", "donors", "entry_of", "measured", "place_all", "runs_of"]
+
+DONOR, PATCHING = "activation of the donor", "patching"
+
+
+def concrete(model: TensorDictModuleBase, sites: Where | list[Where]) -> list[Where]:
+    """The sites of one model that ``sites`` names, globs resolved; entries that it reads among them."""
+    found: list[Where] = []
+    for where in each(sites, Replace(0.0)).wheres():
+        if not isinstance(where, Site) and where in model.in_keys and where not in model.out_keys:
+            found.append(where)
+        else:
+            found += [place.what for place in locate(model, where)]
+    return list(dict.fromkeys(found))
+
+
+def donors(
+    model: TensorDictModuleBase, td: TensorDictBase, sites: Sequence[Where]
+) -> tuple[dict[Where, list[Tensor]], TensorDictBase]:
+    """One forward: the activation at each site, at each of its calls, and what the model wrote."""
+    inner = {site: _every_call(site) for site in sites if isinstance(site, Site)}
+    found: dict[Where, list[Tensor]] = {}
+    if not inner:
+        out = Hooked(model, Steps([]))(td.copy())
+    else:
+        with capture(model, *inner.values(), clone=True) as m:
+            out = m(td.copy())
+    for site in sites:
+        if isinstance(site, Site):
+            value = out["activation", str(inner[site])]
+            found[site] = list(value.unbind(td.batch_dims)) if site.call in (None, "all") else [value]
+        else:
+            found[site] = [out.get(site)]
+    return found, out
+
+
+def runs_of(direction: str) -> tuple[str, str]:
+    """The run that is changed and its donor."""
+    if direction not in ("denoise", "noise"):
+        raise BadValue("no such direction", got=repr(direction), needed='"denoise" or "noise"')
+    return ("corrupt", "clean") if direction == "denoise" else ("clean", "corrupt")
+
+
+def check_target(model: TensorDictModuleBase, target: object) -> None:
+    """Raise for what is no target of an entry of the model."""
+    if not isinstance(target, Target):
+        raise BadType("not a Target", got=repr(target), needed='Target("logits", 3)')
+    if isinstance(target.of, Site) or target.of not in model.out_keys:
+        raise BadKey("the target is no entry that the model writes", got=repr(target), needed=f"{model.out_keys}")
+
+
+def measured(
+    target: Target, value: Tensor, td: TensorDictBase, lead: int, held: Tensor | None, experiments: bool = False
+) -> Tensor:
+    """The target's numbers of ``value`` ``[*B, ...]``, or of ``[*B, N, ...]`` where there are experiments."""
+    if not experiments:
+        return target.read(value, td, lead, held)[0]
+    shape = value.shape[: lead + 1]
+    rows = TensorDict({}, batch_size=shape, device=td.device)
+    for key in target.in_keys:
+        entry = td.get(key)
+        if isinstance(entry, Tensor):
+            rows.set(key, entry.unsqueeze(lead).expand(*shape, *entry.shape[lead:]))
+    return target.read(value, rows, lead + 1, None if held is None else held.unsqueeze(lead).expand(shape))[0]
+
+
+def _every_call(site: Site) -> Site:
+    return site if site.call is not None else Site(site.path, site.side, site.index, "all", site.leaf)
+
+
+def called(site: Where, call: int, m: int) -> Where:
+    """The site at one of its ``m`` calls."""
+    if not isinstance(site, Site) or isinstance(site.call, int):
+        return site
+    return Site(site.path, site.side, site.index, None if m == 1 else call, site.leaf)
+
+
+def entry_of(group: str, site: Where, call: int = 0, m: int = 1) -> NestedKey:
+    """The entry that holds an activation of another run."""
+    return (group, where_text(site) if m == 1 else f"{where_text(site)}@{call}")
+
+
+def place_all(run: TensorDictBase, group: str, taken: dict[Where, list[Tensor]], *, once: bool = False) -> None:
+    """Write the activations of another run into this one's entries; ``once`` refuses modules that ran several times."""
+    for site, values in taken.items():
+        if once and len(values) > 1:
+            raise BadValue(f"the module at {where_text(site)} runs several times", needed="a site that says which call")
+        for call, value in enumerate(values):
+            run.set(entry_of(group, site, call, len(values)), value)
