@@ -35,6 +35,8 @@ from tdconcepts.experiments import (
     attribution_patching,
     causal_trace,
     every,
+    interchange,
+    path_patching,
 )
 from tdconcepts.hooks import Ablate, Add, Capture, Patch, Replace, Scale, Site, Target, anchor, capture, patch
 from tdconcepts.interventions import (
@@ -121,9 +123,11 @@ __all__ = [
     "concepts",
     "every",
     "experiments",
+    "interchange",
     "intervene",
     "lrp",
     "patch",
+    "path_patching",
     "perturbation",
     "rl",
 ]

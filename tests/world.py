@@ -86,6 +86,8 @@ class World:
                 self("observation", group="noise"): torch.randn(N, DRAWS, 4).to(dtype),
                 self("observation", group="clean"): torch.randn(N, 4).to(dtype),
                 self("observation", group="corrupt"): torch.randn(N, 4).to(dtype),
+                self("observation", group="base"): torch.randn(N, 4).to(dtype),
+                self("observation", group="source"): torch.randn(N, 4).to(dtype),
             }
 
     def __call__(self, name: str, group: str | None = None) -> Any:

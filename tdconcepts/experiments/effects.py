@@ -66,16 +66,26 @@ class AblationEffects(TensorDictModuleBase):
         check_td(tensordict)
         lead, target = tensordict.batch_dims, self.target
         with torch.no_grad():
-            run = tensordict.select(*self.in_keys, strict=False)
-            taken, out = donors(self.model, run, self.sites if self.resample else [])
-            shuffled = {site: [self._shuffled(value, lead) for value in values] for site, values in taken.items()}
-            place_all(run, DONOR, shuffled, once=True)
+            run, out = self._prepared(tensordict)
             swept = self.sweep(run)[SWEEP].get(target.of)
             before = out.get(target.of)
             held = target.hold(before, lead) if target.moves else None
             y = measured(target, before, tensordict, lead, held).unsqueeze(lead)
             y_n = measured(target, swept, tensordict, lead, held, experiments=True)
         return tensordict.set(EFFECT, y_n - y)
+
+    def names(self, tensordict: TensorDictBase) -> tuple[str, ...]:
+        """What each experiment ablates, in their order on a batch like this one."""
+        with torch.no_grad():
+            return self.sweep.names(self._prepared(tensordict)[0])
+
+    def _prepared(self, td: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
+        """The batch with what is resampled in it, and what the model makes of it."""
+        run, lead = td.select(*self.in_keys, strict=False), td.batch_dims
+        taken, out = donors(self.model, run, self.sites if self.resample else [])
+        shuffled = {site: [self._shuffled(value, lead) for value in values] for site, values in taken.items()}
+        place_all(run, DONOR, shuffled, once=True)
+        return run, out
 
     def _shuffled(self, value: Tensor, lead: int) -> Tensor:
         if not lead:

@@ -143,4 +143,4 @@ def _numbers(axis: object, values: Tensor, most: float, signed: bool) -> None:
             if value == value:
                 dark = abs(value) > (0.65 if signed else 0.6) * most
                 style = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "black"}
-                axis.text(j + 0.5, i + 0.5, f"{value:.2f}", **style)  # type: ignore[attr-defined]
+                axis.text(j + 0.5, i + 0.5, f"{value:.2f}".replace("-0.00", "0.00"), **style)  # type: ignore[attr-defined]

@@ -302,3 +302,49 @@ def test_captures_outside():
     model, td = mlp(3)
     with capture(model, "1") as m:
         assert Sweep(m, every(Site("2"), Ablate()), outputs="y")(td)["sweep", "y"].shape == (3, 6, 2)
+
+
+def test_sites_are_results_too_and_end_the_forward():
+    model, td = residual(2)
+    ran = []
+    handle = model.module.join[2].register_forward_hook(lambda *_: ran.append(1))
+    sweep = Sweep(model, every(Site("join.0"), Ablate()), outputs=[Site("join.1"), Site("blocks.1", "input")])
+    out = sweep(td.copy())
+    handle.remove()
+    assert not ran
+    assert sweep.out_keys == [("sweep", "join.1"), ("sweep", "blocks.1:in")]
+    for i in range(6):
+        with patch(model, {Site("join.0"): unit(i)}) as m, capture(m, "join.1", "blocks.1:in") as seen:
+            found = seen(td.copy())["activation"]
+        for name in ("join.1", "blocks.1:in"):
+            torch.testing.assert_close(out["sweep", name][:, i], found[name])
+
+
+def test_a_site_that_is_changed_is_seen_as_changed():
+    model, td = mlp(3)
+    out = Sweep(model, every(Site("1"), Ablate()), outputs=[Site("1"), "y"])(td.copy())
+    assert out["sweep", "1"].diagonal(dim1=1, dim2=2).eq(0).all()
+    assert out["sweep", "y"].shape == (3, 5, 2)
+    late = Sweep(model, every([Site("0"), Site("3")], Ablate()), outputs=Site("1"))(td.copy())  # 3 comes after 1
+    assert late["sweep", "1"][:, 5:].diff(dim=1).eq(0).all()
+
+
+def test_a_torchrl_policy():
+    torchrl = pytest.importorskip("torchrl.modules")
+    from torchrl.data import Categorical
+
+    net = torchrl.MLP(in_features=4, out_features=2, num_cells=[8, 8])
+    actor = torchrl.ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["logits"]),
+        in_keys=["logits"],
+        spec=Categorical(2),
+        distribution_class=torch.distributions.Categorical,
+        default_interaction_type=torchrl.tensordict_module.actors.InteractionType.DETERMINISTIC,
+    )
+    td = TensorDict(observation=torch.randn(3, 2, 4), batch_size=[3, 2])
+    sweep = Sweep(actor, every(Site("0.1"), Ablate()), outputs=["logits", "action"])
+    out = sweep(td.copy())
+    expected = by_hand(actor, td, [{Site("0.1"): unit(i)} for i in range(8)], ["logits", "action"])
+    assert out["sweep", "logits"].shape == (3, 2, 8, 2)
+    torch.testing.assert_close([out["sweep", "logits"], out["sweep", "action"]], expected)
+    assert sweep.plan(td).name != "sequential"

@@ -1,5 +1,6 @@
 """The conformance rows of the experiments room."""
 
+import torch
 from world import argmax, explainer, row
 
 import tdconcepts as tdc
@@ -11,6 +12,8 @@ from tdconcepts.experiments import (
     attribution_patching,
     each,
     every,
+    interchange,
+    path_patching,
     product,
 )
 
@@ -36,6 +39,20 @@ ROWS = [
         "activation_patching",
         lambda w: activation_patching(
             w.model, [Site("0.0"), w("hidden")], Target(w("logits"), 1), split=every, direction="noise", **w.chunk
+        ),
+        compiled=PLANNED,
+    ),
+    explainer(
+        "interchange",
+        lambda w: interchange(
+            w.model, Site("0.0"), Target(w("logits"), 1), label=w("action"), subspace=torch.eye(6)[:2], **w.chunk
+        ),
+        compiled=PLANNED,
+    ),
+    explainer(
+        "path_patching",
+        lambda w: path_patching(
+            w.model, Site("0.0"), w("hidden"), Target(w("logits"), 1), split=every, frozen=[], **w.chunk
         ),
         compiled=PLANNED,
     ),
