@@ -3,8 +3,9 @@
 from tdconcepts.rl.agents import TrainedAgent, cartpole_env, cartpole_policy, ppo_cartpole
 from tdconcepts.rl.distributional import distribution_mean, distribution_quantile
 from tdconcepts.rl.episodes import episode_returns
+from tdconcepts.rl.explaining import RolloutExplainer, explain_rollout
 from tdconcepts.rl.returns import Returns, compare_returns
-from tdconcepts.rl.rollouts import explain_rollout, rollout_episodes
+from tdconcepts.rl.rollouts import rollout_episodes
 from tdconcepts.rl.stages import AgentStages, Stage, agent_stages
 from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, state_value
 from tdconcepts.rl.times import at_time
@@ -12,6 +13,7 @@ from tdconcepts.rl.times import at_time
 __all__ = [
     "AgentStages",
     "Returns",
+    "RolloutExplainer",
     "Stage",
     "TrainedAgent",
     "advantage",
