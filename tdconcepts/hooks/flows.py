@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-__all__ = ["backward_by", "changed", "depends", "is_inplace", "operation_name", "tensors", "untransformed"]
+__all__ = [
+    "backward_by",
+    "changed",
+    "depends",
+    "is_inplace",
+    "operation_name",
+    "overwritable",
+    "tensors",
+    "untransformed",
+]
 
 
 class _ByFormula(torch.autograd.Function):
@@ -122,7 +131,14 @@ def untransformed(value: Tensor) -> bool:
     if is_compiling():
         return False
     functorch = torch._C._functorch
-    return functorch.maybe_current_level() is None and not functorch.is_functorch_wrapped_tensor(value)
+    if functorch.maybe_current_level() is not None or functorch.is_functorch_wrapped_tensor(value):
+        return False
+    return not functorch.is_legacy_batchedtensor(value)  # what is_grads_batched makes
+
+
+def overwritable(flow: Tensor) -> bool:
+    """Whether a formula may write over its intermediate results: no second derivative and no transform needs them."""
+    return not torch.is_grad_enabled() and untransformed(flow)
 
 
 def tensors(tree: Any) -> list[Tensor]:

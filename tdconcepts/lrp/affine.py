@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tdconcepts.hooks.flows import depends, operation_name
 from tdconcepts.hooks.rules import Call, Rule
 
-__all__ = ["CONVOLUTIONS", "LINEAR", "Affine", "affine", "by_channel", "is_convolution", "is_linear"]
+__all__ = ["Affine", "affine", "by_channel", "is_convolution", "is_linear", "magnitude", "positive_part"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LINEAR = (nn.Linear,)
@@ -43,8 +44,9 @@ class Affine:
     Args:
         x: the input, as the layer convolves it (padded where the padding is not zero).
         weight: the weight.
-        bias: the bias, in a shape that broadcasts to ``z``, or None.
-        push: ``push(x, weight)`` is ``M x``.
+        bias: the bias ``[outputs]``, or None.
+        outputs: how many outputs, or output channels.
+        push: ``push(x, weight, bias=None)`` is ``M x + b``.
         pull: ``pull(s, weight, x)`` is ``M^T s``, in the shape of ``x``.
         one_output: a weight of ones for one output (of each group).
         gather: from a flow for all outputs to one for each group, by sums.
@@ -53,10 +55,48 @@ class Affine:
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    push: Callable[[Tensor, Tensor], Tensor]
+    outputs: int
+    push: Callable[..., Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
     one_output: Callable[[], Tensor]
     gather: Callable[[Tensor], Tensor]
+
+    def above(self, bias: Tensor | None, least: float) -> Tensor | None:
+        """``bias`` (or zero) plus a number: what keeps ``push`` above it where all contributions are positive."""
+        if bias is None:
+            return self.weight.new_full((self.outputs,), least) if least else None
+        return bias + least if least else bias
+
+
+class _Scratch(threading.local):
+    """For each thread the memory that a changed weight is written to: fresh pages would cost more than the numbers."""
+
+    most = 2**26  # bytes
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    def like(self, weight: Tensor) -> Tensor | None:
+        """A tensor like ``weight``, good until the next call; None where fresh memory is better."""
+        size = weight.numel() * weight.element_size()
+        if weight.device.type != "cpu" or size > self.most or not weight.is_contiguous():
+            return None
+        if self.held is None or self.held.numel() < size:
+            self.held = torch.empty(size, dtype=torch.uint8)
+        return self.held[:size].view(weight.dtype).view(weight.shape)
+
+
+_SCRATCH = _Scratch()
+
+
+def positive_part(weight: Tensor, fleeting: bool) -> Tensor:
+    """``max(weight, 0)``; a ``fleeting`` one is good until the next weight is changed on this thread."""
+    return torch.clamp(weight, min=0, out=_SCRATCH.like(weight)) if fleeting else weight.clamp(min=0)
+
+
+def magnitude(weight: Tensor, fleeting: bool) -> Tensor:
+    """``|weight|``, as :func:`positive_part`."""
+    return torch.abs(weight, out=_SCRATCH.like(weight)) if fleeting else weight.abs()
 
 
 def affine(call: Call, rule: Rule, zero: tuple[str, ...] = ()) -> Affine:
@@ -91,8 +131,7 @@ def _folded(found: Affine, call: Call) -> Affine:
     assert call.folded is not None
     k, shift = call.folded
     weight = found.weight
-    shape = (-1, *[1] * (weight.ndim - 2))
-    bias = shift.reshape(shape) if found.bias is None else found.bias * k.reshape(shape) + shift.reshape(shape)
+    bias = shift if found.bias is None else found.bias * k + shift
     return dataclasses.replace(found, weight=weight * by_channel(k, call.module, weight), bias=bias)
 
 
@@ -149,6 +188,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Affine:
         x,
         weight,
         bias,
+        weight.shape[0],
         F.linear,
         lambda s, w, like: torch.matmul(s, w),
         lambda: weight.new_ones(1, weight.shape[1]),
@@ -165,8 +205,8 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tu
         sides = [part for t in reversed(total) for part in (0, t % 2)] if any(t % 2 for t in total) else []
     how = (stride, _tuple(padding, n), dilation, False, (0,) * n, groups)
 
-    def push(x: Tensor, w: Tensor) -> Tensor:
-        found: Tensor = _CONVOLVE[n](F.pad(x, sides) if sides else x, w, None, stride, how[1], dilation, groups)
+    def push(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        found: Tensor = _CONVOLVE[n](F.pad(x, sides) if sides else x, w, b, stride, how[1], dilation, groups)
         return found
 
     def pull(s: Tensor, w: Tensor, like: Tensor) -> Tensor:
@@ -175,15 +215,16 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tu
         return F.pad(_pull(s, w, F.pad(like, sides), how, n), [-side for side in sides])
 
     one = lambda: weight.new_ones(groups, *weight.shape[1:])  # noqa: E731
-    return Affine(x, weight, _shaped(bias, n), push, pull, one, _grouped(groups, weight.shape[0], n))
+    return Affine(x, weight, bias, weight.shape[0], push, pull, one, _grouped(groups, weight.shape[0], n))
 
 
 def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tuple[Any, ...]) -> Affine:
     stride, padding, extra, groups, dilation = how
-    push = lambda x, w: _TRANSPOSE[n](x, w, None, stride, padding, extra, groups, dilation)  # noqa: E731
+    push = lambda x, w, b=None: _TRANSPOSE[n](x, w, b, stride, padding, extra, groups, dilation)  # noqa: E731
     pull = lambda s, w, like: _pull(s, w, like, (stride, padding, dilation, True, extra, groups), n)  # noqa: E731
     one = lambda: weight.new_ones(weight.shape[0], 1, *weight.shape[2:])  # noqa: E731
-    return Affine(x, weight, _shaped(bias, n), push, pull, one, _grouped(groups, weight.shape[1] * groups, n))
+    outputs = weight.shape[1] * groups
+    return Affine(x, weight, bias, outputs, push, pull, one, _grouped(groups, outputs, n))
 
 
 def _grouped(groups: int, channels: int, n: int) -> Callable[[Tensor], Tensor]:
@@ -208,10 +249,6 @@ def _pull(s: Tensor, w: Tensor, like: Tensor, how: tuple[Any, ...], n: int) -> T
         s, stand_in, w, None, list(stride), list(padding), list(dilation), transposed, list(extra), groups, mask
     )[0]
     return found.squeeze(0) if single else found
-
-
-def _shaped(bias: Tensor | None, n: int) -> Tensor | None:
-    return None if bias is None else bias.reshape(-1, *[1] * n)
 
 
 def _tuple(value: Any, n: int) -> tuple[int, ...]:

@@ -127,8 +127,9 @@ class WSquareRule(Rule):
 
 def _wsquare(by: Stabilizing, view: Affine, share: Tensor, x: Tensor) -> Tensor:
     square = view.weight.square()
-    d = view.push(torch.ones_like(x[:1] if x.ndim > 1 else x), square)
-    d = d if view.bias is None else d + view.bias.square()
+    d = view.push(
+        torch.ones_like(x[:1] if x.ndim > 1 else x), square, None if view.bias is None else view.bias.square()
+    )
     return view.pull(share / stabilized(d, by), square, x)
 
 

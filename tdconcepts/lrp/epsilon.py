@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tdconcepts.hooks.flows import backward_by, depends
+from tdconcepts.hooks.flows import backward_by, depends, overwritable
 from tdconcepts.hooks.rules import Call, Rule
-from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
+from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, damped, shared, stabilized
 
 __all__ = ["EpsilonRule", "NormRule", "UniformEpsilonRule"]
 
@@ -85,13 +85,13 @@ def _epsilon(
     by: Stabilizing, relevance: bool, shares: int, flow: Tensor, z: Tensor, a: Tensor | None = None
 ) -> tuple[Tensor]:
     """The cotangent of the denominator ``z``, for an output ``a`` where that is another one."""
+    fresh = overwritable(flow)
     if relevance:
-        new = flow / stabilized(z, by)
-    elif a is None and not callable(by):
-        size = z.abs()
-        new = flow * (size / (size + by)) if by else flow
+        new = shared(flow, z, by, fresh)
+    elif a is None:
+        new = damped(flow, z, by, fresh)
     else:
-        new = flow * ((z if a is None else a) / stabilized(z, by))
+        new = flow * (a / stabilized(z, by))
     return (new / shares if shares > 1 else new,)
 
 

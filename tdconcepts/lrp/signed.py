@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.flows import backward_by, untransformed
+from tdconcepts.hooks.flows import backward_by, overwritable, untransformed
 from tdconcepts.hooks.rules import Call, Rule
-from tdconcepts.lrp.affine import Affine, affine
+from tdconcepts.lrp.affine import Affine, affine, magnitude, positive_part
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
 
 __all__ = ["AlphaBetaRule", "GammaRule", "ZPlusRule"]
@@ -155,13 +156,16 @@ class GammaRule(Rule):
 def _by_sides(rule: AlphaBetaRule | ZPlusRule | GammaRule, call: Call, formula: Callable[..., Tensor]) -> Tensor:
     view = affine(call, rule, rule.zero_params)
     z = call.output
-    positive = untransformed(view.x) and bool((view.x.detach() >= 0).all())
+    positive = _is_positive(view.x)
     simple = positive and isinstance(rule, ZPlusRule)
-    changes = bool(rule.zero_params)
     saved = [] if simple and call.carries_relevance else [call.saved(z)]
-    return backward_by(
-        functools.partial(_flow, formula, view, positive, call.carries_relevance, changes), z, [view.x], *saved
-    )
+    flow = functools.partial(_flow, formula, view, positive, call.carries_relevance, bool(rule.zero_params))
+    return backward_by(flow, z, [view.x], *saved)
+
+
+def _is_positive(x: Tensor) -> bool:
+    """Whether no input is negative: one pass to see it saves passes through the weight."""
+    return untransformed(x) and (x.numel() == 0 or bool(x.detach().amin() >= 0))
 
 
 def _flow(
@@ -175,77 +179,96 @@ def _flow(
     z: Any = None,
 ) -> tuple[Tensor]:
     """From the flow out to the flow in: both are relevance, or both its ratio to the activation."""
-    share = flow if relevance else flow * z
+    share = _Share(flow, None if relevance else z, overwritable(flow))
     if changes:  # some parameters count as zero
-        z = view.push(x, view.weight)
-        z = z if view.bias is None else z + view.bias
+        z = view.push(x, view.weight, view.bias)
     ratio = formula(share, x, z, view, positive)
-    return (x * ratio if relevance else ratio,)
+    return (share.times(ratio, x) if relevance else ratio,)
+
+
+class _Share:
+    """What a denominator divides: the flow, times the value that it is a ratio to.
+
+    ``fresh``: what has just been computed may be written over, which is how all passes over large activations find
+    their memory.
+    """
+
+    def __init__(self, flow: Tensor, value: Tensor | None, fresh: bool) -> None:
+        self.flow, self.value, self.fresh = flow, value, fresh
+
+    def over(self, denominator: Tensor, weight: float = 1) -> Tensor:
+        found = torch.div(self.flow, denominator, out=denominator if self.fresh else None)
+        found = found if self.value is None else self.times(found, self.value)
+        return found if weight == 1 else self.times(found, weight)
+
+    def times(self, a: Tensor, b: Tensor | float) -> Tensor:
+        return a.mul_(b) if self.fresh else a * b
+
+    def plus(self, a: Tensor, b: Tensor, weight: float = 1) -> Tensor:
+        return a.add_(b, alpha=weight) if self.fresh else a.add(b, alpha=weight)
+
+    def cleared(self, side: Tensor, z: Tensor, sign: int, by: Stabilizing, scale: int) -> Tensor:
+        """A stabilised denominator, infinite where it is but the rounding noise of a difference with ``sign * z``.
+
+        ``side`` is ``scale`` times the denominator of one side, positive; a number ``by`` is in it already. Made of
+        sums and a threshold, because a mask of random places costs ten times as much.
+        """
+        noise = -sign * (_EMPTY64 if side.dtype == torch.float64 else _EMPTY)
+        if callable(by):
+            return torch.where(side > noise * z, by(sign * side / scale) * (sign * scale), torch.inf)
+        side = self.plus(side, z, -noise)
+        side = F.threshold(side, scale * by, torch.inf, inplace=self.fresh)
+        return self.plus(side, z, noise)
+
+
+def _number(by: Stabilizing) -> float:
+    """What is added to a bias, and so to the denominator; 0 for what is more than a number."""
+    return 0.0 if callable(by) else by
 
 
 def _alpha_beta(
-    alpha: float, beta: float, by: Stabilizing, share: Tensor, x: Tensor, z: Tensor | None, view: Affine, positive: bool
+    alpha: float, beta: float, by: Stabilizing, share: _Share, x: Tensor, z: Tensor | None, view: Affine, positive: bool
 ) -> Tensor:
-    weight, bias = view.weight, view.bias
-    if positive and not beta:
-        plus = weight.clamp(min=0)
-        top = view.push(x, plus)
-        if bias is not None:
-            top = top + bias.clamp(min=0)
-        return view.pull(alpha * share / stabilized(top, by) if alpha != 1 else share / stabilized(top, by), plus, x)
+    bias, fresh = view.bias, share.fresh
+    if positive:
+        plus = positive_part(view.weight, fresh)
+        top = view.push(x, plus, view.above(None if bias is None else bias.clamp(min=0), _number(by)))
+        low = None
+        if beta:
+            assert z is not None
+            low = share.over(share.cleared(top - z, z, -1, by, 1), beta)
+        if not _number(by):
+            top = stabilized(top, by)
+        top = share.over(top, alpha)
+        if low is None:
+            return view.pull(top, plus, x)
+        found = view.pull(share.plus(top, low, -1), plus, x)
+        return share.plus(found, view.pull(low, view.weight, x))
     assert z is not None
-    size = weight.abs()
-    total = view.push(x if positive else x.abs(), size)
-    plain = z if bias is None else z - bias
-    up = _half(plain, total, 1, bias, by)
-    top = _safe(share, up, alpha)
-    if beta:
-        down = _half(plain, total, -1, bias, by)
-        low = _safe(share, down, beta)
-        through, around = top - low, top + low
-    else:
-        through = around = top
-    found = view.pull(around, size, x)
-    found = found if positive else x.sgn() * found
-    return (view.pull(through, weight, x) + found) * 0.5
+    size = magnitude(view.weight, fresh)
+    both = view.push(x.abs(), size, view.above(None if bias is None else bias.abs(), 2 * _number(by)))
+    low = share.over(share.cleared(both - z, z, -1, by, 2), beta) if beta else None
+    top = share.over(share.cleared(share.plus(both, z), z, 1, by, 2), alpha)
+    around = top if low is None else top - low
+    found = share.times(view.pull(around, size, x), x.sgn())
+    return share.plus(found, view.pull(top if low is None else share.plus(top, low), view.weight, x))
 
 
-def _half(
-    plain: Tensor, total: Tensor, sign: int, bias: Tensor | None, by: Stabilizing
-) -> tuple[Tensor, Tensor | None]:
-    """The contributions of one sign, stabilised, and where they are more than rounding noise."""
-    some = (plain + total if sign > 0 else plain - total) * 0.5
-    noise = some.abs() > total * (_EMPTY64 if some.dtype == torch.float64 else _EMPTY)
-    return stabilized(_with(some, bias, sign), by), noise
-
-
-def _with(some: Tensor, bias: Tensor | None, sign: int) -> Tensor:
-    """Contributions of one sign, with those of the bias."""
-    if bias is None:
-        return some
-    return some + (bias.clamp(min=0) if sign > 0 else bias.clamp(max=0))
-
-
-def _safe(share: Tensor, side: tuple[Tensor, Tensor | None], weight: float) -> Tensor:
-    denominator, there = side
-    found = share / denominator if weight == 1 else share * weight / denominator
-    return torch.where(there, found, 0.0) if there is not None else found
-
-
-def _gamma(gamma: float, by: Stabilizing, share: Tensor, x: Tensor, z: Tensor, view: Affine, positive: bool) -> Tensor:
-    weight, bias = view.weight, view.bias
-    size = weight.abs()
-    total = view.push(x if positive else x.abs(), size)
-    plain = z if bias is None else z - bias
+def _gamma(gamma: float, by: Stabilizing, share: _Share, x: Tensor, z: Tensor, view: Affine, positive: bool) -> Tensor:
+    bias, half, sign = view.bias, gamma / 2, z.sgn()
+    if not gamma:
+        return view.pull(torch.where(z == 0, 0.0, share.over(stabilized(z, by))), view.weight, x)
+    size = magnitude(view.weight, share.fresh)
+    least = view.above(None if bias is None else bias.abs(), _number(by) / half)
+    both = view.push(x if positive else x.abs(), size, least)
     if callable(by):  # which may look at all outputs of a row: each side whole, as it is defined
-        up, down = (z + gamma * _with((plain + sign * total) * 0.5, bias, sign) for sign in (1, -1))
-        denominator = torch.where(z > 0, stabilized(up, by), stabilized(down, by))
+        up, down = (by(z * (1 + half) + side * half * both) for side in (1, -1))
+        around = torch.where(z == 0, 0.0, share.over(torch.where(z > 0, up, down))) * sign
     else:
-        half = (plain + torch.where(z > 0, total, -total)) * 0.5
-        if bias is not None:
-            half = half + torch.where(z > 0, bias.clamp(min=0), bias.clamp(max=0))
-        denominator = stabilized(z + gamma * half, by)
-    s = torch.where(z == 0, 0.0, share / denominator)
-    found = view.pull(torch.where(z > 0, s, -s) * (gamma / 2), size, x)
-    found = found if positive else x.sgn() * found
-    return view.pull(s * (1 + gamma / 2), weight, x) + found
+        both = torch.copysign(both, z, out=both if share.fresh else None)
+        denominator = share.plus(share.times(both, half), z, 1 + half)
+        around = share.times(share.over(denominator if by else stabilized(denominator, by)), sign)  # nothing at 0
+    through = share.times(around * sign, 1 + half)
+    found = view.pull(share.times(around, half), size, x)
+    found = found if positive else share.times(found, x.sgn())
+    return share.plus(found, view.pull(through, view.weight, x))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
 
-__all__ = ["Stabilizer", "Stabilizing", "check_stabilizer", "stabilized"]
+__all__ = ["Stabilizer", "Stabilizing", "check_stabilizer", "damped", "shared", "stabilized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,4 +81,24 @@ def stabilized(z: Tensor, by: Stabilizing) -> Tensor:
     """
     if callable(by):
         return by(z)
-    return z + torch.copysign(torch.full_like(z[..., :1], by), z) if by else torch.where(z == 0, torch.inf, z)
+    return torch.copysign(z.new_full((), by), z) + z if by else torch.where(z == 0, torch.inf, z)
+
+
+def shared(flow: Tensor, z: Tensor, by: Stabilizing, fresh: bool = False) -> Tensor:
+    """``flow / stabilized(z, by)``; ``fresh``: in one piece of new memory."""
+    if not fresh or callable(by) or not by:
+        return flow / stabilized(z, by)
+    found = torch.copysign(z.new_full((), by), z).add_(z)
+    return torch.div(flow, found, out=found) if found.shape == flow.shape else flow / found
+
+
+def damped(flow: Tensor, z: Tensor, by: Stabilizing, fresh: bool = False) -> Tensor:
+    """``flow * z / stabilized(z, by)``: as it is for a large ``z``, nothing for a small one; ``fresh`` as above."""
+    if callable(by):
+        return flow * (z / by(z))
+    if not by:
+        return flow
+    size = z.abs()
+    size = size.add_(by) if fresh else size + by
+    alone = fresh and size.shape == flow.shape
+    return torch.addcdiv(flow, flow, size, value=-by, out=size if alone else None)
