@@ -30,15 +30,17 @@ class Call:
             ``"ratio"`` to :func:`nonzero` of the input.
         safe: whether nothing will overwrite the output.
 
-    ``before`` is the ruled call whose output is the first argument: its rule, the call, and that output. ``folded``: a
-    scale and a shift of each channel, which count as part of the layer.
+    ``report``: what is told of the propagation, if anything is. ``before``: the ruled call whose output is the first
+    argument: its rule, the call, and that output. ``folded``: a scale and a shift of each channel, which count as part
+    of the layer.
     """
 
-    __slots__ = ("args", "before", "convention", "ends", "folded", "function", "kwargs", "name", "output", "safe")
+    __slots__ = ("args", "before", "convention", "ends", "folded", "function", "kwargs", "name", "output")
+    __slots__ += ("report", "safe")
 
     def __init__(self, name: str, function: Any, args: Any, kwargs: Any, output: Any, how: Any) -> None:
         self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
-        self.convention, self.ends, self.safe = how.convention, how.ends, how.safe
+        self.convention, self.ends, self.safe, self.report = how.convention, how.ends, how.safe, how.report
         self.before: tuple[Any, Call, Any] | None = None
         self.folded: tuple[Tensor, Tensor] | None = None
 
@@ -89,7 +91,7 @@ def refuse_middle(call: Call, rule: object) -> None:
         if node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "_ByFormulaBackward":
+        if type(node).__name__ == "_ByFormulaBackward" and not getattr(node.formula, "reads_only", False):  # type: ignore[attr-defined]
             raise BadValue(
                 f"{type(rule).__name__} ends the propagation, but stands in the middle of the model",
                 got=f"{rule!r} at {call.name!r}, above other rules, in the gradient convention",

@@ -34,20 +34,19 @@ def vector_jacobian(
         return list(torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True))
     each = seeds(values)
     step = max(1, width or len(each))
-    parts = []
+    parts: list[Sequence[Tensor | None]] = []
     for start in range(0, len(each), step):
         keep = create_graph or start + step < len(each)
-        parts.append(
-            torch.autograd.grad(
-                values,
-                inputs,
-                each[start : start + step],
-                retain_graph=keep,
-                create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
+        found = torch.autograd.grad(
+            values,
+            inputs,
+            each[start] if step == 1 else each[start : start + step],
+            retain_graph=keep,
+            create_graph=create_graph,
+            allow_unused=True,
+            is_grads_batched=step > 1,
         )
+        parts.append(found if step > 1 else [None if g is None else g.unsqueeze(0) for g in found])
     return [
         None if piece[0] is None else torch.cat(piece) if len(piece) > 1 else piece[0]
         for piece in zip(*parts, strict=True)

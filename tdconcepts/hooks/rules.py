@@ -101,7 +101,8 @@ class Rules(_Adds):
         first: a choice of the rule for the first layer, in the order of execution: ``(kinds, rule)``.
         unknown: ``unknown(name)`` is told of an operation that has no rule, if not ``unknown.knows(name)``.
         ends: see :class:`Call`.
-        report: ``report(name, rule, side, relevance)`` is told what flows into and out of each rule.
+        report: ``report(name, rule, side, flow, *value)`` is told what flows out of (``"in"``) and into (``"out"``)
+            each rule: relevance, or its ratio to the value that is given then.
     """
 
     modules: tuple[tuple[str, Rule], ...]
@@ -110,7 +111,7 @@ class Rules(_Adds):
     first: tuple[Callable[[Any], bool], Rule] | None = None
     unknown: Any = None
     ends: str = "relevance"
-    report: Callable[[str, Rule, str, Tensor], None] | None = None
+    report: Callable[..., None] | None = None
     in_keys: ClassVar[tuple[Any, ...]] = ()
 
     def on(self, module: nn.Module) -> Any:
@@ -184,6 +185,9 @@ class _Enter:
             return tree
         refuse_mixture(run, self.leave)
         rule = run.store[("rule", self.leave)] = self.leave.chosen(run)
+        last = run.store.pop("last call", None)
+        if last is not None and tree[0] and tree[0][0] is last[2]:
+            run.store[("before", self.leave)] = last
         if self.keeps:
             run.store[("given", self.leave)] = changed(tree, torch.clone)
         tree = watched(tree, self.leave.how, self.leave.place.name, rule, "in")
@@ -218,14 +222,12 @@ class _Leave:
             return tree
         args, kwargs = run.store.pop(("given", self), given)
         call = Call(self.place.name, self.place.module, args, kwargs, tree, self.how)
-        last = run.store.pop("last call", None)
-        if last is not None and args and args[0] is last[2]:
-            call.before = last
+        call.before = run.store.pop(("before", self), None)
         if rule.terminal and self.how.convention == "gradient":
             refuse_middle(call, rule)
-        output = carried(rule, call)
+        output = watched(carried(rule, call), self.how, self.place.name, rule, "out")
         run.store["last call"] = (rule, call, output)
-        return watched(output, self.how, self.place.name, rule, "out")
+        return output
 
 
 class _Operate:
@@ -258,7 +260,8 @@ class _Operate:
             kwargs = {**kwargs, "inplace": False}
         if target is not None:
             args = (target.clone(), *args[1:])
-        given = (args, kwargs) = watched((args, kwargs), self.how, name, rule, "in")
+        shown = name if self.how.report is None else _numbered(name, run)
+        given = (args, kwargs) = watched((args, kwargs), self.how, shown, rule, "in")
         if rule.scaled and self.how.convention == "relevance":
             args, kwargs = changed(given, _Scale())
         args, kwargs = rule.prepare(name, args, kwargs)
@@ -267,7 +270,7 @@ class _Operate:
             call = Call(name, func, args, kwargs, output, self.how)
             if rule.terminal and self.how.convention == "gradient":
                 refuse_middle(call, rule)
-            output = watched(carried(rule, call), self.how, name, rule, "out")
+            output = watched(carried(rule, call), self.how, shown, rule, "out")
         return output if target is None else target.copy_(output)
 
 
@@ -282,12 +285,19 @@ def watched(tree: Any, how: _How, name: str, rule: Rule, side: str) -> Any:
             return value
 
         def formula(flow: Tensor, *kept: Tensor) -> tuple[Tensor]:
-            note(name, rule, side, flow if relevance else flow * kept[0])
+            note(name, rule, side, flow, *kept)
             return (flow,)
 
+        formula.reads_only = True  # type: ignore[attr-defined]
         return backward_by(formula, value, [value], *([] if relevance else [value.clone()]), keep=False)
 
     return changed(tree, watch)
+
+
+def _numbered(name: str, run: Run) -> str:
+    """The name of an operation in the report: ``"add"`` for its first call in a run, then ``"add#1"``, ``"add#2"``."""
+    times = run.store["times", name] = run.store.get(("times", name), -1) + 1
+    return f"{name}#{times}" if times else name
 
 
 def carried(rule: Rule, call: Call) -> Any:

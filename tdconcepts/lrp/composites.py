@@ -93,12 +93,13 @@ class Composite(Replaceable):
     def __add__(self, other: Any) -> Programs:
         return Programs((self,)) + other if isinstance(other, Programs) else Programs((self, other))
 
-    def on(self, module: nn.Module, convention: Convention | None = None) -> Any:
+    def on(self, module: nn.Module, convention: Convention | None = None, report: Any = None) -> Any:
         """Install the rules: a context, whose module is called as ``module`` is.
 
         Args:
             module: a TensorDictModule or any other; it is used, not copied.
             convention: ``"gradient"`` (relevance is the activation times what flows) or ``"relevance"``.
+            report: a :class:`~tdconcepts.lrp.Conservation`, told what each rule did with its relevance.
 
         Examples:
             >>> import torch
@@ -107,7 +108,7 @@ class Composite(Replaceable):
             >>> with EpsilonPlus().on(net, convention="gradient") as m:
             ...     relevance = x * torch.autograd.grad(m(x.requires_grad_())[:, 0].sum(), x)[0]
         """
-        return self.rules_for(module, convention).on(module)
+        return self.rules_for(module, convention, report=report).on(module)
 
     def bind(self, module: TensorDictModuleBase) -> list[Any]:
         """The steps of the rules, for sums of programs."""
@@ -127,10 +128,11 @@ class Composite(Replaceable):
                 needed=f"a module of the kinds {[kind_text(kind) for kind, _ in self.rules]}",
                 fix="Composite({nn.Linear: EpsilonRule()}), or a named one such as EpsilonPlus()",
             )
-        self._tell([path for path, m, rule in chosen if rule is None and _has_own_parameters(m)], module)
+        report = how.get("report")
+        self._tell([path for path, m, rule in chosen if rule is None and _has_own_parameters(m)], module, report)
         first = None if self.first is None else (_predicate(self.first[0]), self.first[1])
         convention = convention or self.convention
-        apart = how.get("report") is not None or any(rule is not None and rule.reads_before for _, _, rule in chosen)
+        apart = report is not None or any(rule is not None and rule.reads_before for _, _, rule in chosen)
         taps = [
             (path, rule)
             for path, inner, rule in chosen
@@ -141,7 +143,7 @@ class Composite(Replaceable):
             {name: rule for name, rule in self.operations.items() if convention == "relevance" or name not in SUMS},
             convention,
             first,
-            None if self.on_missing == "gradient" else _Unknown(self),
+            None if self.on_missing == "gradient" and report is None else _Unknown(self, report),
             **how,
         )
 
@@ -177,15 +179,19 @@ class Composite(Replaceable):
             chosen.append((path, inner, rule))
         return chosen
 
-    def _tell(self, paths: list[str], module: nn.Module) -> None:
-        if not paths or self.on_missing == "gradient":
+    def _tell(self, paths: list[str], module: nn.Module, report: Any) -> None:
+        if not paths or (self.on_missing == "gradient" and report is None):
             return
         known = module_paths(module)
         kinds = [f"{path} ({type(known[path]).__name__})" for path in paths]
+        if report is not None:
+            report.unruled.update(kinds)
         self.missing(f"parametrised modules without a rule: {', '.join(kinds)}", f"{{{paths[0]!r}: EpsilonRule()}}")
 
     def missing(self, what: str, fix: str) -> None:
-        """Raise or warn of something that has no rule."""
+        """Raise or warn of something that has no rule, if that is wanted."""
+        if self.on_missing == "gradient":
+            return
         if self.on_missing == "raise":
             fix = f'composite | {fix}, IgnoreRule() where its gradient is right, or on_missing="gradient"'
             raise BadValue(f"the composite leaves {what}", needed="a rule for each", fix=fix)
@@ -201,14 +207,16 @@ SUMS = frozenset(
 class _Unknown:
     """What becomes of an operation that the composite has no rule for."""
 
-    def __init__(self, composite: Composite) -> None:
-        self.composite = composite
+    def __init__(self, composite: Composite, report: Any = None) -> None:
+        self.composite, self.report = composite, report
 
     def knows(self, name: str) -> bool:
         """Whether its gradient is right."""
         return name in self.composite.plain or name in self.composite.operations or name.startswith("_")
 
     def __call__(self, name: str) -> None:
+        if self.report is not None:
+            self.report.unruled.add(name)
         self.composite.missing(
             f"the operation {name!r} without a rule", f"Composite(operations={{{name!r}: EpsilonRule()}})"
         )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack
 
-import torch
+import torch  # noqa: F401 - the examples use it
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.hooks import Options, Target, dispatch_rows
+from tdconcepts.hooks import Options, Site, Target, dispatch_rows
 from tdconcepts.hooks.explaining import Explaining, check_options
-from tdconcepts.hooks.pullback import Wrt
+from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.rules import Convention, Rule
-from tdconcepts.keys import NestedKey
+from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, join
 from tdconcepts.lrp.boundary import nonzero
 from tdconcepts.lrp.composites import Composite
 from tdconcepts.lrp.conditions import Conditions
 from tdconcepts.lrp.report import Conservation
+from tdconcepts.lrp.starts import Started
 from tdconcepts.tunables import Replaceable
 
 __all__ = ["LRP", "LRPOptions"]
@@ -30,14 +31,20 @@ class LRPOptions(Options, total=False):
     Args:
         convention: what flows; default: the composite's own.
         start: what the relevance starts from: the target's ``"value"``, or ``"ones"``.
-        check: whether :attr:`LRP.report` tells what each rule did with its relevance.
-        condition: ``{site: units}``: only relevance that passes these units (dims of one row's first dim) goes on.
+        check: whether :attr:`LRP.report`, a :class:`~tdconcepts.lrp.Conservation`, tells what each rule did with its
+            relevance, and what has no rule.
+        condition: ``{site: units}``: only relevance that passes these units (of a row's first dim) goes on. Units are
+            ints, or the key of an entry with a mask ``[*B, C]`` or numbers ``[*B]``. A list of such conditions is
+            explained in one pass, along one more dim as several targets are.
+        convergence_delta: also write :math:`\\sum_i R_i - R`, what was added to the relevance that the propagation
+            started with (a negative number where biases and stabilisers absorbed some).
     """
 
     convention: Convention
     start: Literal["value", "ones"]
     check: bool
     condition: Any
+    convergence_delta: bool
 
 
 class LRP(Replaceable, TensorDictModuleBase):
@@ -46,7 +53,9 @@ class LRP(Replaceable, TensorDictModuleBase):
     | reads | writes |
     |---|---|
     | what the target depends on, and its ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
+    | | ``("convergence_delta", *k)`` ``[*B]``, on request |
 
+    Entries share one delta, under ``("convergence_delta", "joint")`` where there are several; each site has its own.
     With several targets there is one more dim of size T right after the batch dims; they share the forward. The model
     is used as it is: rules are installed for the call only.
 
@@ -100,11 +109,13 @@ class LRP(Replaceable, TensorDictModuleBase):
         self._ends = any(rule.terminal for _, rule in rules.modules) or (
             rules.first is not None and rules.first[1].terminal
         )
-        conditions = Conditions(rules, options.get("condition"))
-        if isinstance(target, Target):
-            power = {"value": 2, "ones": 1} if self.convention == "relevance" else {"value": 1, "ones": 0}
-            target = target if power[start] == 1 else _Started(target.of, target.select, target.by, power[start])
-        self._explaining = Explaining(module, target, wrt, options, rules=conditions)
+        self._delta = bool(options.get("convergence_delta", False))
+        self._conditions = Conditions(rules, options.get("condition"))
+        relevance = self.convention == "relevance"
+        plain = not self._conditions.many and start == ("ones" if relevance else "value")
+        if isinstance(target, Target) and (not plain or (relevance and (self._delta or self.report is not None))):
+            target = Started(target, start, relevance)
+        self._explaining = Explaining(module, target, wrt, options, self._delta_keys, rules=self._conditions)
         self.module, self.composite = module, composite
         self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
 
@@ -122,7 +133,9 @@ class LRP(Replaceable, TensorDictModuleBase):
 
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         this, by_point = self._explaining, self.convention == "gradient"
-        pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=this.width(td))
+        width = this.width(td) if self.report is None else 1  # the report adds up numbers, one target after the other
+        with self._conditions.acting():
+            pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=width)
         several = pulled.values.ndim > td.batch_dims
         results: dict[NestedKey, Tensor] = {}
         for key, flow, point in zip(this.attribution_keys, pulled.gradients, pulled.points, strict=True):
@@ -131,20 +144,32 @@ class LRP(Replaceable, TensorDictModuleBase):
                 results[key] = flow * (point.unsqueeze(td.batch_dims) if several else point)
             else:
                 results[key] = flow.clone()
+        if self._delta:
+            results |= self._deltas(results, pulled.values)
+        if self.report is not None:
+            entries = [results[this.attribution_keys[i]] for i in _entries(this.pullback)]
+            self.report.began(float(pulled.values.sum()), sum(float(r.sum()) for r in entries) if entries else None)
         return results | this.written(pulled.outputs)
 
+    def _deltas(self, found: dict[NestedKey, Tensor], start: Tensor) -> dict[NestedKey, Tensor]:
+        keys, deltas = self._explaining.attribution_keys, {}
+        for key, group in self._groups(self._explaining):
+            parts = [found[keys[i]] for i in group]
+            total = sum(r.flatten(start.ndim).sum(-1) if r.ndim > start.ndim else r for r in parts)
+            deltas[key] = (total - start).detach()
+        return deltas
 
-class _Started(Target):
-    """A target whose pull-back starts from another power of its value: from ``y`` (2), from ``1 / y`` (0)."""
+    def _delta_keys(self, this: Explaining) -> list[NestedKey]:
+        return [key for key, _ in self._groups(this)] if self._delta else []
 
-    def __init__(self, of: Any, select: Any, by: Any, power: int) -> None:
-        super().__init__(of, select, by)
-        object.__setattr__(self, "power", power)
+    def _groups(self, this: Explaining) -> list[tuple[NestedKey, list[int]]]:
+        """What shares a delta, by numbers: the entries together, every other place for itself."""
+        pullback, inputs = this.pullback, _entries(this.pullback)
+        groups = ([inputs] if inputs else []) + [[i] for i in range(len(pullback.wrt)) if i not in inputs]
+        names = ["joint" if len(group) > 1 else pullback.names[group[0]] for group in groups]
+        return [(join(CONVERGENCE_DELTA, name), group) for name, group in zip(names, groups, strict=True)]
 
-    def read(self, value: Tensor, td: TensorDictBase, lead: int, held: Tensor | None = None) -> tuple[Tensor, bool]:
-        """The values times, or divided by, themselves as constants."""
-        values, several = super().read(value, td, lead, held)
-        fixed = values.detach()
-        if self.power == 2:  # type: ignore[attr-defined]
-            return values * fixed, several
-        return values / torch.where(fixed == 0, 1.0, fixed), several
+
+def _entries(pullback: Pullback) -> list[int]:
+    """Which of *wrt* are entries that the module reads."""
+    return [i for i, w in enumerate(pullback.wrt) if not isinstance(w, Site) and w in pullback.module.in_keys]

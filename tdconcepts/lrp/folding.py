@@ -74,6 +74,8 @@ class FoldRule(Rule):
         merged = Call(layer.name, layer.function, layer.args, layer.kwargs, layer.output, layer)
         merged.output = layer.output * k.reshape(axis) + shift.reshape(axis)
         merged.folded = (k, shift)
+        if call.report is not None:
+            call.report.fold(call.name, layer.name)
         return backward_by(_same, call.output, [rule.carry(merged)], keep=False)
 
 

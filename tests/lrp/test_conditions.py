@@ -4,6 +4,7 @@ import pytest
 import torch
 from lrp.nets import as_td
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts import Site, Target
@@ -50,7 +51,64 @@ def test_its_own_site_is_not_masked_but_what_is_in_front(net, td):
     assert (out["attribution", "x"] != 0).any()
 
 
+def several(w, units):
+    return {Site("0"): units[0]}, {Site("0"): units[1], w: [0, 3]}, {w: 5}, {}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"start": "ones"}, {"check": True}])
+def test_many_conditions_are_each_condition(net, td, convention, options):
+    td["unit"] = torch.tensor([3, 0, 2])
+    conditions = list(several(Site("2"), ([1, 2], "unit")))
+    together = explained(net, td, condition=conditions, convention=convention, **options)
+    assert together.shape == (3, 4, 1, 5, 5)
+    for n, condition in enumerate(conditions):
+        alone = explained(net, td, condition=condition, convention=convention, **options)
+        assert together[:, n].allclose(alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_conditions_under_other_batch_dims(net, td):
+    conditions = [{Site("0"): [0]}, {Site("0"): [1, 2]}]
+    found = explained(net, td, condition=conditions)
+    wide = TensorDict(x=torch.stack([td["x"], td["x"] * 2]), batch_size=[2, 3])
+    flat = TensorDictModule(_Flat(net.module), ["x"], ["logits"])
+    assert explained(flat, wide, condition=[{Site("net.0"): [0]}, {Site("net.0"): [1, 2]}])[0].allclose(found)
+
+
+class _Flat(nn.Module):
+    """As torchrl's networks do: batch dims are merged into one, and parted again."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
+
+
+def test_deltas(net, td):
+    options = {"convergence_delta": True}
+    conditions = [{Site("0"): [unit]} for unit in range(4)]
+    out = LRP(net, EpsilonPlus(), Target("logits", 1), condition=conditions, **options)(td.copy())
+    assert out["convergence_delta", "x"].shape == (3, 4)
+    added = out["attribution", "x"].flatten(2).sum(-1) - net(td.copy())["logits"][:, 1:]
+    assert out["convergence_delta", "x"].allclose(added)
+
+
 def test_bad_input(net, td):
+    with pytest.raises(BadType, match="not units of"):
+        explained(net, td, condition={Site("0"): [[0], [1]]})
+    with pytest.raises(BadType, match="not a condition"):
+        explained(net, td, condition=[])
+    with pytest.raises(BadValue, match="several targets under several conditions"):
+        LRP(net, EpsilonPlus(), Target("logits", [0, 1]), condition=[{"0": 1}, {"0": 2}])(td.copy())
+    td["unit"], td["wide"] = torch.tensor([4, 0, 0]), torch.ones(3, 7)
+    with pytest.raises(BadValue, match=r"no such unit at '0'"):
+        explained(net, td, condition={Site("0"): "unit"})
+    with pytest.raises(BadValue, match=r"no mask of the units of '0'"):
+        explained(net, td, condition={Site("0"): "wide"})
     with pytest.raises(BadValue, match=r"no such unit at '0'"):
         explained(net, td, condition={Site("0"): [9]})
     with pytest.raises(BadType, match="not a condition"):

@@ -106,6 +106,40 @@ def test_starts(convention):
     assert value.allclose(ones * net(td)["logits"][:, 1:2])
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("start", ["value", "ones"])
+@pytest.mark.parametrize("target", [1, [0, 2]])
+def test_what_was_added_or_lost(convention, start, target):
+    net, td = mlp(), batch(mlp)
+    wrt = ["x", Site("1")]
+    explainer = LRP(
+        net,
+        EpsilonPlus(),
+        Target("logits", target),
+        wrt,
+        convention=convention,
+        start=start,
+        convergence_delta=True,
+    )
+    assert explainer.out_keys[2:] == [("convergence_delta", "x"), ("convergence_delta", "1")]
+    out = explainer(td.copy())
+    value = net(td.copy())["logits"][:, target]
+    began = value if start == "value" else torch.ones_like(value)
+    for key in ("x", "1"):
+        delta = out["attribution", key].sum(-1) - began
+        assert out["convergence_delta", key].allclose(delta)
+    plain = LRP(net, EpsilonPlus(), Target("logits", target), wrt, convention=convention, start=start)(td.copy())
+    assert plain["attribution", "x"].allclose(out["attribution", "x"])
+
+
+def test_entries_share_a_delta():
+    net = TensorDictModule(nn.Bilinear(2, 3, 2, bias=False), ["a", "b"], ["logits"])
+    td = TensorDict(a=torch.randn(4, 2), b=torch.randn(4, 3), batch_size=[4])
+    out = LRP(net, EpsilonPlus(), Target("logits", 0), convergence_delta=True)(td)
+    assert out["convergence_delta", "joint"].abs().max() < 1e-4
+
+
 def test_zero_inputs_get_flat_relevance():
     net, td = mlp(), batch(mlp)
     td["x"][:, 0] = 0
