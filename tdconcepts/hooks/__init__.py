@@ -1,6 +1,7 @@
 """How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
 
 from tdconcepts.hooks.calling import dispatch_rows
+from tdconcepts.hooks.directions import RemoveDirection, random_directions
 from tdconcepts.hooks.edits import Ablate, Add, Edit, Replace, Scale
 from tdconcepts.hooks.explaining import Options
 from tdconcepts.hooks.hooked import Hooked, check_td
@@ -24,6 +25,7 @@ __all__ = [
     "Programs",
     "Pullback",
     "Pulled",
+    "RemoveDirection",
     "Replace",
     "Scale",
     "Site",
@@ -37,5 +39,6 @@ __all__ = [
     "locate",
     "needed",
     "patch",
+    "random_directions",
     "stages",
 ]
