@@ -3,70 +3,25 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch, set_skip_existing
-from torch import Tensor, nn
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
 
+from tdconcepts.concepts.activation import ConceptActivation
 from tdconcepts.concepts.spec import ConceptSpec
-from tdconcepts.errors import BadKey, BadType, BadValue, nearest
-from tdconcepts.keys import NestedKey, as_key, as_keys, join, key_text
+from tdconcepts.concepts.stage import ConceptModel, as_spec, beside, wrapped
+from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.keys import NestedKey, as_key, join, key_text
 
-__all__ = ["ConceptActivation", "ConceptBottleneck"]
+__all__ = ["ConceptBottleneck"]
 
 Space: TypeAlias = Literal["probs", "logits"]
 KeysLike: TypeAlias = NestedKey | list[NestedKey]
 
 
-class ConceptActivation(TensorDictModuleBase):
-    """From concept logits to concept probabilities: a sigmoid for binary concepts, a softmax for categorical ones.
-
-    =============  ==========================  ==============
-    reads          ``in_key``                  ``[*B, C]``
-    writes         ``out_key``                 ``[*B, C]``
-    =============  ==========================  ==============
-
-    Args:
-        concepts: what the columns mean.
-        in_key: the entry with the logits.
-        out_key: the entry for the probabilities.
-
-    Raises:
-        BadKey: when the entry is missing.
-        BadValue: when its width is not that of the spec, or the TensorDict is locked.
-
-    Examples:
-        >>> import torch
-        >>> stage = ConceptActivation(ConceptSpec(["wing", "beak"]), "concepts_logits", "concepts")
-        >>> stage(concepts_logits=torch.zeros(2)).tolist()
-        [0.5, 0.5]
-    """
-
-    space = "probs"
-
-    def __init__(self, concepts: ConceptSpec, in_key: NestedKey, out_key: NestedKey) -> None:
-        super().__init__()
-        self.concepts = concepts
-        self.in_keys = [as_key(in_key)]
-        self.out_keys = [as_key(out_key)]
-        self._keys = (self.in_keys[0], self.out_keys[0])
-
-    @dispatch(auto_batch_size=False)
-    @set_skip_existing(None)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        in_key, out_key = self._keys
-        logits = tensordict.get(in_key, None)
-        if not isinstance(logits, Tensor):
-            have = list(tensordict.keys(True, True))
-            raise BadKey("no concept logits in the TensorDict", got=key_text(in_key), needed=nearest(in_key, have))
-        if tensordict.is_locked:
-            raise BadValue("the TensorDict is locked", got=f"{key_text(out_key)} to write", fix="pass td.copy()")
-        return tensordict.set(out_key, self.concepts.probs(logits))
-
-
-class ConceptBottleneck(TensorDictSequential):
+class ConceptBottleneck(ConceptModel):
     """Input -> concepts -> task, where the task head sees the concepts and nothing else unless told to.
 
     ``concepts = σ(encoder(x))``, ``logits = head(concepts)``. A named :class:`TensorDictSequential` with the stages
@@ -95,6 +50,8 @@ class ConceptBottleneck(TensorDictSequential):
         BadKey: for an encoder that writes neither entry, or a head that does not read ``key``.
         BadValue: for keys that are already decided by a TensorDictModule, and for an unknown space.
 
+    :func:`~tdconcepts.concepts.teach` gives the pipeline that trains it jointly, sequentially or independently.
+
     Source: Koh et al., Concept Bottleneck Models, ICML 2020.
 
     Examples:
@@ -117,41 +74,19 @@ class ConceptBottleneck(TensorDictSequential):
         out_keys: KeysLike | None = None,
         space: Space = "probs",
     ) -> None:
-        spec = concepts if isinstance(concepts, ConceptSpec) else ConceptSpec(concepts)
+        spec = as_spec(concepts)
         if space not in ("probs", "logits"):
             raise BadValue("not a space for concepts", got=repr(space), needed='"probs" or "logits"')
         key = as_key(key)
-        path = join(key)
-        logits_key = as_key((*path[:-1], path[-1] + "_logits")) if space == "probs" else key
-        first = _wrapped(encoder, "encoder", in_keys or "observation", logits_key, given=in_keys)
+        logits_key = beside(key, join(key)[-1] + "_logits") if space == "probs" else key
+        first = wrapped(encoder, "encoder", in_keys or "observation", logits_key, given=in_keys)
         named: OrderedDict[str, TensorDictModuleBase] = OrderedDict(encoder=first)
         if key not in first.out_keys:
             if logits_key not in first.out_keys:
                 needed = f"{key_text(key)} or {key_text(logits_key)}" if space == "probs" else key_text(key)
                 raise BadKey("the encoder writes no concepts", got=f"out_keys {first.out_keys}", needed=needed)
             named["activation"] = ConceptActivation(spec, logits_key, key)
-        named["head"] = last = _wrapped(head, "head", key, out_keys or "logits", given=out_keys)
+        named["head"] = last = wrapped(head, "head", key, out_keys or "logits", given=out_keys)
         if key not in last.in_keys:
             raise BadKey("the head does not read the concepts", got=f"in_keys {last.in_keys}", needed=key_text(key))
-        super().__init__(named)
-        self.concepts, self.key, self.space = spec, key, space
-
-    def select_subsequence(
-        self, in_keys: Iterable[NestedKey] | None = None, out_keys: Iterable[NestedKey] | None = None
-    ) -> TensorDictSequential:
-        """The stages that lead from ``in_keys`` to ``out_keys``, as a plain :class:`TensorDictSequential`."""
-        return TensorDictSequential(OrderedDict(self.module.items())).select_subsequence(in_keys, out_keys)
-
-
-def _wrapped(
-    module: object, what: str, in_keys: KeysLike, out_keys: KeysLike, given: KeysLike | None
-) -> TensorDictModuleBase:
-    """``module`` itself when it has keys, else wrapped; ``given`` are the keys that the caller asked for, if any."""
-    if isinstance(module, TensorDictModuleBase):
-        if given is not None:
-            fix = "leave the keys out, or pass the bare module"
-            raise BadValue(f"the {what} is a TensorDictModule and has its keys", got=f"also {given!r}", fix=fix)
-        return module
-    if not isinstance(module, nn.Module):
-        raise BadType(f"the {what} is no module", got=f"{module!r} ({type(module).__name__})", needed="an nn.Module")
-    return TensorDictModule(module, in_keys=as_keys(in_keys), out_keys=as_keys(out_keys))
+        super().__init__(named, spec, key, space)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from tdconcepts.keys import NestedKey, as_key, key_text
 __all__ = ["MemorySelector", "SelectorZU"]
 
 Selection = Literal["soft", "gumbel", "argmax"]
+AnySelection: TypeAlias = Selection | torch.Generator | tuple[Selection | torch.Generator, Selection | torch.Generator]
 
 
 class MemorySelector(TensorDictModuleBase):
@@ -44,7 +45,8 @@ class MemorySelector(TensorDictModuleBase):
         out_features: number of outputs (concepts, tasks), T.
         temperature: of the softmax, above 0; small is sharp.
         selection: ``"soft"`` (default), ``"gumbel"`` or ``"argmax"``; or a ``torch.Generator``, which is ``"gumbel"``
-            drawing from it and not from the global one. The attribute ``selection`` may be changed later.
+            drawing from it and not from the global one; or a pair of these, the one in training and the one at
+            evaluation, such as ``("gumbel", "argmax")``. The attribute ``selection`` may be changed later.
         keys: the entry to read and the entry to write, default ``{"latent": "exogenous"}``.
 
     Raises:
@@ -68,7 +70,7 @@ class MemorySelector(TensorDictModuleBase):
         exogenous_size: int,
         out_features: int,
         temperature: float = 1.0,
-        selection: Selection | torch.Generator = "soft",
+        selection: AnySelection = "soft",
         keys: Mapping[NestedKey, NestedKey] | None = None,
     ) -> None:
         super().__init__()
@@ -97,25 +99,28 @@ class MemorySelector(TensorDictModuleBase):
         )
 
     @property
-    def selection(self) -> Selection | torch.Generator:
-        """``"soft"``, ``"gumbel"``, ``"argmax"``, or the generator that Gumbel noise comes from."""
+    def selection(self) -> AnySelection:
+        """``"soft"``, ``"gumbel"``, ``"argmax"``, the generator that Gumbel noise comes from, or a pair of these."""
         return self._selection
 
     @selection.setter
-    def selection(self, value: Selection | torch.Generator) -> None:
-        if value not in ("soft", "gumbel", "argmax") and not isinstance(value, torch.Generator):
-            raise BadValue("not a selection", got=repr(value), needed='"soft", "gumbel", "argmax" or a torch.Generator')
-        self._selection = value
+    def selection(self, value: AnySelection) -> None:
+        pair = value if isinstance(value, tuple) else (value, value)
+        if len(pair) != 2 or not all(_is_selection(one) for one in pair):
+            needed = '"soft", "gumbel", "argmax", a torch.Generator, or a pair: in training, at evaluation'
+            raise BadValue("not a selection", got=repr(value), needed=needed)
+        self._selection, self._pair = value, pair
 
     def weights(self, latent: Tensor) -> Tensor:
         """The weight of each slot, ``[*B, in_features] -> [*B, T, M]``; each row over M sums to one."""
         scores = self.selector(latent)
-        if self._selection == "soft":
+        selection = self._pair[0 if self.training else 1]
+        if selection == "soft":
             return (scores / self.temperature).softmax(-1)
-        if self._selection == "argmax":
+        if selection == "argmax":
             soft = (scores / self.temperature).softmax(-1)
         else:
-            generator = self._selection if isinstance(self._selection, torch.Generator) else None
+            generator = selection if isinstance(selection, torch.Generator) else None
             source = scores.device if generator is None else generator.device
             noise = torch.empty(scores.shape, dtype=scores.dtype, device=source).exponential_(generator=generator)
             soft = ((scores - noise.to(scores.device).log()) / self.temperature).softmax(-1)
@@ -138,6 +143,10 @@ class MemorySelector(TensorDictModuleBase):
             raise BadValue("the TensorDict is locked", got=f"{key_text(out_key)} to write", fix="pass td.copy()")
         memory = self.memory.weight.unflatten(-1, (self.memory_size, self.exogenous_size))
         return tensordict.set(out_key, torch.einsum("...tm,tme->...te", self.weights(latent), memory))
+
+
+def _is_selection(value: Any) -> bool:
+    return isinstance(value, torch.Generator) or (isinstance(value, str) and value in ("soft", "gumbel", "argmax"))
 
 
 SelectorZU = MemorySelector

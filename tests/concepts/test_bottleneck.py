@@ -9,7 +9,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
-from tdconcepts.concepts.bottleneck import ConceptActivation, ConceptBottleneck
+from tdconcepts.concepts.activation import ConceptActivation
+from tdconcepts.concepts.bottleneck import ConceptBottleneck
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks.stages import cut, stages

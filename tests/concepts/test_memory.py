@@ -115,6 +115,20 @@ def test_the_selection_can_be_changed_later():
         model.selection = "hard"
 
 
+def test_argmax_at_evaluation_on_request():
+    """torch_concepts draws at evaluation too, and never reads ``training``."""
+    model, x = selector(("gumbel", "argmax")), torch.randn(40, 6)
+    assert not torch.equal(model.weights(x), model.weights(x))
+    model.eval()
+    assert torch.equal(model.weights(x), selector("argmax").weights(x))
+    assert torch.equal(copy.deepcopy(model)(latent=x), model(latent=x))
+    model.selection = ("soft", "argmax")
+    assert torch.equal(model.train().weights(x), selector().weights(x))
+    for wrong in (("soft",), ("soft", "hard"), ("soft", "soft", "soft"), None):
+        with pytest.raises(BadValue, match="at evaluation"):
+            model.selection = wrong
+
+
 @pytest.mark.parametrize("batch", [[], [4], [2, 3], [0], [2, 0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("selection", ["soft", "gumbel", "argmax"])

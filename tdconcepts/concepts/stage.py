@@ -1,0 +1,145 @@
+"""What the stages of this room share: entries in, entries out, checked."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch, set_skip_existing
+from torch import Tensor, nn
+
+from tdconcepts.concepts.spec import ConceptSpec
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.keys import NestedKey, as_key, as_keys, check_writable, join, key_text
+
+__all__ = ["BlockStage", "ConceptModel", "as_size", "as_spec", "beside", "check_block", "task_head", "wrapped"]
+
+
+class BlockStage(TensorDictModuleBase):
+    """A stage that computes its ``out_keys`` from its ``in_keys``; what it computes is :meth:`compute`.
+
+    =======  ============  ==========================
+    reads    ``in_keys``   float tensors ``[*B, ...]``
+    writes   ``out_keys``  tensors ``[*B, ...]``
+    =======  ============  ==========================
+
+    Raises:
+        BadKey: for an entry that is missing.
+        BadType: for an entry that is not a float tensor.
+        BadValue: for a locked TensorDict.
+    """
+
+    def __init__(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
+        super().__init__()
+        self._read, self._write = [as_key(key) for key in in_keys], [as_key(key) for key in out_keys]
+        check_writable(self._write)
+        self.in_keys, self.out_keys = list(self._read), list(self._write)
+
+    def compute(self, *entries: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """One tensor for each of the ``out_keys``, from the entries of the ``in_keys``."""
+        raise NotImplementedError
+
+    @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        entries = [read(tensordict, key) for key in self._read]
+        if tensordict.is_locked:
+            raise BadValue("the TensorDict is locked", got=f"{key_text(self._write[0])} to write", fix="pass td.copy()")
+        results = self.compute(*entries)
+        for key, result in zip(self._write, results if isinstance(results, tuple) else (results,), strict=True):
+            tensordict.set(key, result)
+        return tensordict
+
+
+class ConceptModel(TensorDictSequential):
+    """A concept model: a :class:`TensorDictSequential` with named stages that knows what its concepts are.
+
+    Args:
+        stages: the stages by name.
+        concepts: what the columns of its block mean.
+        key: the entry of that block.
+        space: what the block holds, ``"probs"`` or ``"logits"``.
+    """
+
+    def __init__(
+        self, stages: Mapping[str, TensorDictModuleBase], concepts: ConceptSpec, key: NestedKey, space: str = "probs"
+    ) -> None:
+        super().__init__(OrderedDict(stages))
+        self.concepts, self.key, self.space = concepts, as_key(key), space
+
+    def select_subsequence(
+        self, in_keys: Iterable[NestedKey] | None = None, out_keys: Iterable[NestedKey] | None = None
+    ) -> TensorDictSequential:
+        """The stages that lead from ``in_keys`` to ``out_keys``, as a plain :class:`TensorDictSequential`."""
+        return TensorDictSequential(OrderedDict(self.module.items())).select_subsequence(in_keys, out_keys)
+
+
+def wrapped(
+    module: object,
+    what: str,
+    in_keys: NestedKey | list[NestedKey],
+    out_keys: NestedKey | list[NestedKey],
+    given: NestedKey | list[NestedKey] | None = None,
+) -> TensorDictModuleBase:
+    """``module`` itself when it has keys, else wrapped; ``given`` are the keys that the caller asked for, if any."""
+    if isinstance(module, TensorDictModuleBase):
+        if given is not None:
+            fix = "leave the keys out, or pass the bare module"
+            raise BadValue(f"the {what} is a TensorDictModule and has its keys", got=f"also {given!r}", fix=fix)
+        return module
+    if not isinstance(module, nn.Module):
+        raise BadType(f"the {what} is no module", got=f"{module!r} ({type(module).__name__})", needed="an nn.Module")
+    return TensorDictModule(module, in_keys=as_keys(in_keys), out_keys=as_keys(out_keys))
+
+
+def task_head(in_features: int, head: object) -> nn.Module:
+    """``head`` itself, or a linear layer to that many outputs."""
+    if type(head) is int:
+        as_size(out_features=head)
+        return nn.Linear(in_features, head)
+    if not isinstance(head, nn.Module) or isinstance(head, TensorDictModuleBase):
+        got = f"{head!r} ({type(head).__name__})"
+        raise BadType("the head is no module", got=got, needed="a bare nn.Module, or the number of task outputs")
+    return head
+
+
+def as_spec(concepts: ConceptSpec | Sequence[str]) -> ConceptSpec:
+    """The spec itself, or that of binary concepts with these names."""
+    return concepts if isinstance(concepts, ConceptSpec) else ConceptSpec(concepts)
+
+
+def beside(key: NestedKey, name: str) -> NestedKey:
+    """The entry ``name`` in the group in which ``key`` is.
+
+    Examples:
+        >>> beside("concepts", "latent"), beside(("agents", "concepts"), "latent")
+        ('latent', ('agents', 'latent'))
+    """
+    return as_key((*join(key)[:-1], name))
+
+
+def read(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    """The float tensor at ``key``."""
+    value = tensordict.get(key, None)
+    if not isinstance(value, Tensor):
+        have = list(tensordict.keys(True, True))
+        raise BadKey("no such entry in the TensorDict", got=key_text(key), needed=nearest(key, have))
+    return value
+
+
+def check_block(block: Tensor, shape: Sequence[int], key: NestedKey) -> Tensor:
+    """``block`` if it is a float tensor with these last dims, else an error that names the entry."""
+    if not block.is_floating_point():
+        raise BadType(f"{key_text(key)} is not a float tensor", got=str(block.dtype), fix=f"td[{key!r}].float()")
+    if block.shape[-len(shape) :] != tuple(shape):
+        needed = f"[*B, {', '.join(map(str, shape))}]"
+        raise BadValue(f"{key_text(key)} has another shape", got=list(block.shape), needed=needed)
+    return block
+
+
+def as_size(**sizes: object) -> None:
+    """Raise :class:`~tdconcepts.errors.BadValue` for a size that is not an int of 1 or more."""
+    wrong = {name: size for name, size in sizes.items() if type(size) is not int or size < 1}
+    if wrong:
+        raise BadValue("not a size", got=repr(wrong), needed="ints of 1 or more")

@@ -1,0 +1,167 @@
+"""How a concept model is trained: jointly, one part after the other, or with true concepts mixed in."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torch import Tensor, nn
+
+from tdconcepts.concepts.spec import ConceptSpec
+from tdconcepts.concepts.stage import BlockStage, check_block
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks import check_module, cut
+from tdconcepts.hooks.drawing import Source
+from tdconcepts.keys import NestedKey, as_key
+
+__all__ = ["TeacherForcing", "teach"]
+
+HOW = {"joint": (0.0, False), "sequential": (0.0, True), "independent": (1.0, True), "randint": (0.25, False)}
+TEACHING = ("teaching", "mask")
+
+
+class TeacherForcing(BlockStage):
+    r"""In training, concepts are replaced by their labels with a probability: :math:`c_k \leftarrow y_k` where
+    :math:`u_k < p` and the label is known.
+
+    A missing label (NaN) leaves the prediction; the mask says which columns were replaced. At evaluation nothing is.
+    No gradient reaches a prediction that was replaced.
+
+    =======  ========================  =========================================
+    reads    ``key``                   ``[*B, C]``
+    reads    ``labels``                ``[*B, K]`` numbers or ``[*B, C]`` columns
+    writes   ``("teaching", "mask")``  ``[*B, C]``, bool
+    writes   ``key``                   ``[*B, C]``
+    =======  ========================  =========================================
+
+    Args:
+        concepts: what the columns mean.
+        labels: the entry with the labels, see :meth:`ConceptSpec.targets`.
+        probability: p, for each concept of each row.
+        detach: whether the predictions that stay pass no gradient on.
+        space: what ``key`` holds, ``"probs"`` or ``"logits"``; labels are converted.
+        generator: what the draws come from. Default: torch's own.
+        key: the entry of the concepts.
+
+    Raises:
+        BadValue: for a probability outside [0, 1], an unknown space, entries of another shape, wrong labels.
+        BadKey: when an entry is missing.
+
+    Source: Espinosa Zarlenga et al., Concept Embedding Models, NeurIPS 2022, section 3.2 (RandInt, p = 0.25).
+
+    Examples:
+        >>> stage = TeacherForcing(ConceptSpec(["wing", "beak"]), probability=1.0)
+        >>> labels = torch.tensor([1.0, float("nan")])
+        >>> mask, concepts = stage(concepts=torch.tensor([0.25, 0.75]), labels=labels)
+        >>> mask.tolist(), concepts.tolist()
+        ([True, False], [1.0, 0.75])
+    """
+
+    def __init__(
+        self,
+        concepts: ConceptSpec,
+        labels: NestedKey = "labels",
+        probability: float = 0.25,
+        detach: bool = False,
+        space: Literal["probs", "logits"] = "probs",
+        generator: torch.Generator | None = None,
+        key: NestedKey = "concepts",
+    ) -> None:
+        if not isinstance(probability, (int, float)) or not 0 <= probability <= 1:
+            raise BadValue("not a probability", got=repr(probability), needed="a number in [0, 1]")
+        if space not in ("probs", "logits"):
+            raise BadValue("not a space for concepts", got=repr(space), needed='"probs" or "logits"')
+        super().__init__([key, labels], [TEACHING, key])
+        self.concepts, self.probability, self.detach, self.space = concepts, float(probability), detach, space
+        self.source = Source(generator)
+        owner = [i for i, n in enumerate(concepts.cardinalities) for _ in range(n)]
+        self._owner = None if concepts.size == len(concepts) else owner
+
+    def compute(self, *entries: Tensor) -> tuple[Tensor, ...]:
+        block, labels = entries
+        check_block(block, (self.concepts.size,), self._read[0])
+        targets = self.concepts.targets(labels, block)
+        if not self.training:
+            return torch.zeros_like(block, dtype=torch.bool), block.clone()
+        shape = (*block.shape[:-1], len(self.concepts))
+        drawn = (self.source.uniform(*shape) < self.probability).to(block.device)
+        mask = (drawn if self._owner is None else drawn[..., self._owner]) & ~targets.isnan()
+        value = self.concepts.logits(targets) if self.space == "logits" else targets
+        return mask, torch.where(mask, value, block.detach() if self.detach else block)
+
+
+def teach(
+    model: TensorDictModuleBase,
+    labels: NestedKey = "labels",
+    how: Literal["joint", "sequential", "independent", "randint"] = "joint",
+    *,
+    probability: float | None = None,
+    generator: torch.Generator | None = None,
+) -> TensorDictSequential:
+    """The pipeline to train ``model`` with: what comes after the concepts sees predictions, labels, or some of both.
+
+    ================  ===========================================================  ====================
+    ``how``           what the rest of the model is given                          gradient to encoder
+    ================  ===========================================================  ====================
+    ``joint``         predictions                                                  of concepts and task
+    ``sequential``    predictions                                                  of concepts only
+    ``independent``   labels (predictions where there is none)                     of concepts only
+    ``randint``       labels with a probability of 0.25, else predictions          of concepts and task
+    ================  ===========================================================  ====================
+
+    The stages are shared with ``model``, not copied: train the pipeline, use the model. In evaluation mode the two
+    compute the same.
+
+    Args:
+        model: a concept model, which knows its ``concepts``, its ``key`` and its ``space``.
+        labels: the entry with the labels, see :meth:`ConceptSpec.targets`; NaN where there is none.
+        how: see above.
+        probability: how often a label is given, instead of the one of ``how``.
+        generator: what the draws come from. Default: torch's own.
+
+    Raises:
+        BadType: for a model that does not know its concepts.
+        BadValue: for an unknown ``how``.
+
+    Source: Koh et al., Concept Bottleneck Models, ICML 2020, section 3 (the first three); Espinosa Zarlenga et al.,
+    Concept Embedding Models, NeurIPS 2022, section 3.2.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tdconcepts.concepts import ConceptBottleneck
+        >>> model = ConceptBottleneck(nn.Linear(8, 2), nn.Linear(2, 5), ["wing", "beak"])
+        >>> pipeline = teach(model, how="independent")
+        >>> td = TensorDict({"observation": torch.zeros(3, 8), "labels": torch.ones(3, 2)}, [3])
+        >>> pipeline(td)["concepts"].unique().tolist(), pipeline.in_keys
+        ([1.0], ['observation', 'labels'])
+    """
+    if how not in HOW:
+        raise BadValue("not a way to train", got=repr(how), needed=", ".join(map(repr, HOW)))
+    check_module(model)
+    spec, key = getattr(model, "concepts", None), getattr(model, "key", None)
+    if not isinstance(spec, ConceptSpec) or key is None:
+        needed = "a concept model with the attributes concepts (a ConceptSpec) and key"
+        raise BadType("the model does not know its concepts", got=type(model).__name__, needed=needed)
+    chance, detach = HOW[how]
+    stage: TensorDictModuleBase = TeacherForcing(
+        spec,
+        as_key(labels),
+        chance if probability is None else probability,
+        detach,
+        getattr(model, "space", "probs"),
+        generator,
+        key,
+    )
+    before, after = cut(model, key)
+    return _named(model, [*before, stage, *after], stage)
+
+
+def _named(model: Any, stages: list[TensorDictModuleBase], new: nn.Module) -> TensorDictSequential:
+    """The stages as one pipeline, under the model's names where it has some."""
+    held = getattr(model, "module", None)
+    names = {id(m): name for name, m in held.items()} if isinstance(held, nn.ModuleDict) else {}
+    if any(id(stage) not in names for stage in stages if stage is not new):
+        return TensorDictSequential(*stages)
+    return TensorDictSequential(OrderedDict((names.get(id(stage), "teaching"), stage) for stage in stages))
