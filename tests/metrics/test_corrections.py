@@ -1,0 +1,60 @@
+"""Correction curves: k concepts of each row by hand; and areas."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from tdconcepts.concepts import ConceptBottleneck
+from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.interventions import UncertaintyPolicy
+from tdconcepts.metrics.corrections import correction_curve, curve_area
+
+
+def world():
+    torch.manual_seed(0)
+    head = nn.Linear(4, 3)
+    model = ConceptBottleneck(nn.Identity(), head, 4)
+    labels = torch.randint(0, 2, (30, 4))
+    x = torch.randn(30, 4)
+    return model, head, TensorDict({"observation": x, "labels": labels, "task": head(labels.float()).argmax(-1)}, [30])
+
+
+def test_the_curve_by_hand():
+    model, head, data = world()
+    curve = correction_curve(model, data, UncertaintyPolicy())
+    for k in range(5):
+        hits = 0
+        for x, y, task in zip(data["observation"], data["labels"], data["task"], strict=True):
+            p = x.sigmoid()
+            for i in (p - 0.5).abs().argsort()[:k]:
+                p[i] = y[i]
+            hits += int(head(p).argmax() == task)
+        assert curve[k].item() == pytest.approx(hits / 30)
+    assert curve[-1] == 1
+    assert set(data.keys()) == {"observation", "labels", "task"}
+    chosen = correction_curve(model, data, UncertaintyPolicy(), counts=[0, 3])
+    assert torch.equal(chosen, curve[[0, 3]])
+
+
+def test_the_area_is_the_mean_height():
+    curve = torch.tensor([[0.2, 0.4, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(curve_area(curve), torch.tensor([0.5, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(curve_area(curve[0], [0, 1, 4]), torch.tensor((0.3 + 3 * 0.7) / 4, dtype=torch.float64))
+
+
+def test_bad_input():
+    model, _, data = world()
+    with pytest.raises(BadKey, match="did you mean 'task'"):
+        correction_curve(model, data, UncertaintyPolicy(), task="tasks")
+    with pytest.raises(BadValue, match="pass counts"):
+        correction_curve(TensorDictModule(nn.Identity(), ["observation"], ["x"]), data, UncertaintyPolicy())
+    for curve, counts in (
+        (torch.ones(1), None),
+        (torch.ones(3), [0, 1]),
+        (torch.ones(3), [0, 2, 1]),
+        (torch.ones(()), None),
+    ):
+        with pytest.raises(BadValue, match="not a curve"):
+            curve_area(curve, counts)
