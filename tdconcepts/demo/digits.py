@@ -11,8 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
-from tdconcepts.concepts import ConceptBottleneck, ConceptSpec, SelectorZU
-from tdconcepts.errors import import_extra
+from tdconcepts.concepts import SEGMENTS, ConceptBottleneck, SelectorZU, digits_data
 from tdconcepts.hooks import Target
 from tdconcepts.interventions import GradientPolicy, GroundTruth, RandomPolicy, UncertaintyPolicy, intervene
 from tdconcepts.report import Section, intervention_curve
@@ -20,10 +19,6 @@ from tdconcepts.report import Section, intervention_curve
 __all__ = ["accuracy_by_corrections", "digits_bottleneck", "digits_data", "digits_section", "train_bottleneck"]
 
 Progress: TypeAlias = Callable[[str, float, str], None]
-
-SEGMENTS = ConceptSpec(["top", "upper right", "lower right", "bottom", "lower left", "upper left", "middle"])
-# A row for each digit, a column for each segment: what a pocket calculator lights up.
-LIT = ["1111110", "0110000", "1101101", "1111001", "0110011", "1011011", "1011111", "1110000", "1111111", "1111011"]
 
 PER_DIGIT = 15  # training images of each digit; all others are test images
 STEPS = 400
@@ -61,24 +56,6 @@ def digits_section(seed: int = 0, quick: bool = False, progress: Progress | None
             concept_hits[kind].append(_concept_accuracy(model, test))
         say(CORRECTING, (i + 1) / len(seeds), f"split {i + 1} of {len(seeds)}")
     return _written({name: torch.stack(c) for name, c in curves.items()}, concept_hits, len(data) - 10 * PER_DIGIT)
-
-
-def digits_data() -> TensorDict:
-    """scikit-learn's 1797 bundled digits: ``pixels [N, 64]`` in [0, 1], ``digit [N]``, ``segments [N, 7]`` of 0 and 1.
-
-    Raises:
-        MissingExtra: without scikit-learn.
-
-    Examples:
-        >>> data = digits_data()
-        >>> data["pixels"].shape, data["segments"][data["digit"] == 7][0].tolist()
-        (torch.Size([1797, 64]), [1, 1, 1, 0, 0, 0, 0])
-    """
-    images, digits = import_extra("sklearn.datasets", "probe").load_digits(return_X_y=True)
-    digit = torch.from_numpy(digits).long()
-    segments = torch.tensor([[int(lit) for lit in row] for row in LIT])
-    entries = {"pixels": torch.from_numpy(images).float() / 16, "digit": digit, "segments": segments[digit]}
-    return TensorDict(entries, [len(digit)])
 
 
 def digits_bottleneck(memory: bool = False) -> ConceptBottleneck:
