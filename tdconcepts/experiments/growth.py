@@ -1,6 +1,7 @@
 """Growing rows: the part of a forward that experiments share runs once, and each gets rows of its own where it differs.
 
-A value holds *slots*: slot 0 is the batch as it is, the others are experiments, in the order in which they begin.
+A value holds *slots*: slot 0 is the batch as it is, the others are experiments, in the order in which they begin. Where
+all begin at one place nothing needs the batch as it is afterwards, and the experiments are all the slots.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ class Schedule:
     def __init__(self, n: int, moves: Iterable[Move]) -> None:
         self.n, self.events = n, []
         slot = [-1] * n
-        count = 1
-        for move in moves:
+        several = list(moves)
+        one_start = n > 1 and len(several) > 0 and len(set(several[0].plain.members.tolist())) == n
+        self.base = count = 0 if one_start else 1
+        for move in several:
             members = move.plain.members.tolist()
             new = [i for i, member in enumerate(members) if slot[member] < 0]
             old = [i for i, member in enumerate(members) if slot[member] >= 0]
@@ -50,7 +53,7 @@ class Schedule:
         if -1 in slot:
             raise Unfit("an experiment changes nothing")
         self.count = count
-        self._in_order = slot == list(range(1, n + 1))
+        self._in_order = slot == list(range(self.base, n + self.base))
         self._slot = torch.tensor(slot, dtype=torch.long)
 
     def change(self, event: Event, value: Tensor, held: int, td: TensorDictBase, index: tuple | None) -> Tensor:
@@ -63,13 +66,14 @@ class Schedule:
             slots = event.slots.to(value.device)
             rows = rows.index_copy(0, slots, event.again.apply(rows[slots], td, True, index))
         if event.begin is not None:
-            rows = torch.cat([rows, event.begin.apply(rows[0], td, False, index)])
+            new = event.begin.apply(rows[0], td, False, index)
+            rows = torch.cat([rows, new]) if self.base else new
         return rows.flatten(0, 1)
 
     def results(self, value: Tensor, held: int) -> Tensor:
         """The rows of the experiments, in their order: ``[n, b, ...]``."""
         rows = bring(value, held, self.count).reshape(self.count, value.shape[0] // held, *value.shape[1:])
-        return rows[1:] if self._in_order else rows[self._slot.to(value.device)]
+        return rows[self.base :] if self._in_order else rows[self._slot.to(value.device)]
 
 
 def bring(value: Tensor, held: int, count: int) -> Tensor:

@@ -50,6 +50,7 @@ class Move:
         self.plain, self.m = plain, len(plain.members)
         self._stacked = _stacked(plain.edits)
         self._masks: dict[Any, Tensor] = {}
+        self._units = _units(plain.spans)
 
     def take(self, which: list[int], members: list[int]) -> Move:
         """The same move in some of its experiments, which get other numbers."""
@@ -111,8 +112,20 @@ class Move:
         elif own:
             new = torch.vmap(lambda one: self._made(plain.edits[0], one, td))(value)
         else:
-            new = self._made(plain.edits[0], value, td).expand(self.m, *shape)
+            new = self._made(plain.edits[0], value, td)
+            if self._units is not None:
+                return self._unit_by_unit(new, value)
+            new = new.expand(self.m, *shape)
         return torch.where(self._mask(value, shape), new, value) if plain.spans else new
+
+    def _unit_by_unit(self, new: Tensor, value: Tensor) -> Tensor:
+        """``value`` for each experiment, with one unit of ``new`` in it: less work than a mask over all of it."""
+        dim, units, numbers = self._units  # type: ignore[misc]
+        if units.device != value.device:
+            units, numbers = units.to(value.device), numbers.to(value.device)
+        rows = value.expand(self.m, *value.shape).clone()
+        rows.movedim(dim, 1)[numbers, units] = new.movedim(dim, 0)[units]
+        return rows
 
     def _made(self, edit: EditLike, value: Tensor, td: TensorDictBase) -> Tensor:
         return checked_edit(made(edit, value, td), value, str(self.plain.where))
@@ -146,6 +159,15 @@ def within(value: Tensor, spans: dict[int, Any]) -> Tensor:
         along = torch.arange(value.shape[dim], device=value.device).view(-1, *[1] * (-1 - dim))
         mask = mask & (along >= start) & (along < stop)
     return mask
+
+
+def _units(spans: dict[int, Tensor]) -> tuple[int, Tensor, Tensor] | None:
+    """The dim, the units and the numbers of the experiments, where each changes one unit."""
+    if len(spans) != 1:
+        return None
+    ((dim, span),) = spans.items()
+    one_each = bool((span[:, 1] - span[:, 0] == 1).all())
+    return (dim, span[:, 0], torch.arange(len(span))) if one_each else None
 
 
 def _stacked(edits: tuple[EditLike, ...]) -> Tensor | None:

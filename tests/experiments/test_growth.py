@@ -21,18 +21,24 @@ def test_begin_and_again():
     n, (first, second) = moves(product(every("a", Add(1.0)), every("b", Scale(3.0))))
     schedule = Schedule(n, [first, second])
     begin, again = schedule.events
-    assert (begin.total, begin.again, again.total, again.begin) == (10, None, 10, None)
+    assert (begin.total, begin.again, again.total, again.begin) == (9, None, 9, None)  # all begin at once: no slot for the batch
     value = torch.randn(2, 3)
     grown = schedule.change(begin, value, 1, TD, None)
-    assert grown.shape == (20, 3)
-    assert torch.equal(grown[:2], value)
-    out = schedule.results(schedule.change(again, grown, 10, TD, None), 10)
+    assert grown.shape == (18, 3)
+    out = schedule.results(schedule.change(again, grown, 9, TD, None), 9)
     for i in range(3):
         for j in range(3):
             expected = value.clone()
             expected[:, i] += 1
             expected[:, j] *= 3
             torch.testing.assert_close(out[3 * i + j], expected)
+
+
+def test_a_value_that_all_pass_by():
+    n, found = moves(every("a", Add(1.0)))
+    schedule = Schedule(n, found)
+    value = torch.randn(2, 3)
+    assert torch.equal(schedule.results(value, 1), value.expand(3, 2, 3))
 
 
 def test_order_of_the_forward():
