@@ -6,6 +6,7 @@ from tdconcepts.lrp.composites import Composite
 from tdconcepts.lrp.epsilon import EpsilonRule, NormRule, UniformEpsilonRule
 from tdconcepts.lrp.explainer import LRP
 from tdconcepts.lrp.folding import FoldedBatchNorm, FoldRule, fold
+from tdconcepts.lrp.modifiers import ModifiedRule, ParamModifier, RemovableRuleHandle
 from tdconcepts.lrp.named import (
     CPLRP,
     AttnLRP,
@@ -67,12 +68,15 @@ __all__ = [
     "IgnoreRule",
     "LSTMRule",
     "LayerNormRule",
+    "ModifiedRule",
     "NormRule",
     "NumeratorRule",
+    "ParamModifier",
     "PassRule",
     "PseudoIdentityRule",
     "RAPRule",
     "RMSNormRule",
+    "RemovableRuleHandle",
     "SoftmaxEpsilonRule",
     "Stabilizer",
     "StopRule",

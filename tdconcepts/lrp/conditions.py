@@ -164,7 +164,9 @@ class _Mask:
                 "several conditions outside of an explainer", needed="one condition, or LRP(condition=[...])"
             )
         together = torch.stack(torch.broadcast_tensors(*masks), len(lead))
-        return backward_by(functools.partial(_one_of, one, lead), value, [value], together, keep=False)
+        mask = functools.partial(_one_of, one, lead)
+        mask.reads_only = True  # type: ignore[attr-defined]
+        return backward_by(mask, value, [value], together, keep=False)
 
     def _mask(self, units: Any, value: Tensor, lead: torch.Size, run: Run) -> Tensor:
         """The mask of one condition, ``[*lead, C, ...]`` or with ones for ``lead``."""
@@ -201,6 +203,9 @@ class _Mask:
 
 def _masked(flow: Tensor, mask: Tensor) -> tuple[Tensor]:
     return (flow * mask,)
+
+
+_masked.reads_only = True  # type: ignore[attr-defined]  # no rule: it may stand in front of a flat layer
 
 
 def _one_of(one: Which, lead: torch.Size, flow: Tensor, masks: Tensor) -> tuple[Tensor]:

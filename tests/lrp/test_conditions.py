@@ -9,7 +9,7 @@ from torch import nn
 
 from tdconcepts import Site, Target
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.lrp import LRP, EpsilonPlus
+from tdconcepts.lrp import LRP, EpsilonPlus, EpsilonPlusFlat
 from tdconcepts.lrp.conditions import Conditions
 
 
@@ -95,6 +95,15 @@ def test_deltas(net, td):
     assert out["convergence_delta", "x"].shape == (3, 4)
     added = out["attribution", "x"].flatten(2).sum(-1) - net(td.copy())["logits"][:, 1:]
     assert out["convergence_delta", "x"].allclose(added)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_in_front_of_a_flat_layer(net, td, convention):
+    whole = LRP(net, EpsilonPlusFlat(), Target("logits", 1), convention=convention)(td.copy())["attribution", "x"]
+    for condition in ({Site("0", "input"): [0]}, [{Site("0", "input"): [0]}]):
+        explainer = LRP(net, EpsilonPlusFlat(), Target("logits", 1), condition=condition, convention=convention)
+        assert explainer(td.copy())["attribution", "x"].reshape(whole.shape).allclose(whole)
 
 
 def test_bad_input(net, td):
