@@ -20,6 +20,7 @@ from world import STREAM, Fuse, N, Row, World
 import tdconcepts
 from tdconcepts import anchor
 from tdconcepts.errors import TdConceptsError
+from tdconcepts.tunables import Tunable
 
 
 def law(check: Callable[..., None]) -> Callable[..., None]:
@@ -410,10 +411,10 @@ def test_state_dict(row):
 def test_replaced(row):
     """``replace`` makes it anew, with the ends of each tunable's grid too, and knows which names there are."""
     with row.opened(world := World()) as module:
-        if not hasattr(module, "replace"):
+        if not hasattr(module, "tunables"):
             assert type(module).__module__.split(".")[1] not in {"attribution", "lrp", "perturbation"}
             return
-        before = {id(part) for part in world.model.modules()}
+        shared = {id(part) for part in world.model.modules()} & {id(part) for part in module.modules()}
         same(written(module, module.replace()(world.td())), explained(row))
         for tunable in module.tunables:
             for value in (tunable.values()[0], tunable.values()[-1]):
@@ -423,7 +424,7 @@ def test_replaced(row):
                 assert all(one is not None and one.isfinite().all() for one in found.values()), (tunable, value)
         with pytest.raises(TdConceptsError, match="nonsense"):
             module.replace(nonsense=1)
-        assert {id(part) for part in module.replace().modules()} >= before
+        assert {id(part) for part in module.replace().modules()} >= shared
 
 
 # ---------------------------------------------------------------------------------------- compile
@@ -612,5 +613,29 @@ def test_chunks_can_fail():
         test_chunks(Row("outlaw", lambda w: Outlaw(w, functools.partial(longer, by=len(w.chunk))), chunks=True))
 
 
+class Changed(Outlaw):
+    """Has ``replace``: what it gives adds ``by``."""
+
+    tunables = (Tunable("by", 0, 1, 1),)
+
+    def __init__(self, world: World, strict: bool = True, **given: float) -> None:
+        super().__init__(world, lambda m, td, model, x: x.detach() + given.get("by", 0.0))
+        self.again, self.given = functools.partial(Changed, world, strict), given
+
+    def replace(self, by: float = 0.0, **unknown: object) -> "Changed":
+        if unknown and self.again.args[1]:
+            raise TdConceptsError(f"no argument {list(unknown)}")
+        return self.again(by=by)
+
+
+def test_replaced_can_fail():
+    test_replaced(Row("lawful", lambda w: Changed(w, by=0.0)))
+    for given in ({"by": 1.0}, {"strict": False}):
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            test_replaced(Row("outlaw", lambda w, given=given: Changed(w, **given)))
+
+
 def test_every_law_is_seen_to_fail():
-    assert {check.__name__.removeprefix("test_") for check, _ in OUTLAWS} | {"chunks", "devices"} == set(LAWS)
+    assert {check.__name__.removeprefix("test_") for check, _ in OUTLAWS} | {"chunks", "devices", "replaced"} == set(
+        LAWS
+    )

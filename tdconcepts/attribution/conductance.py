@@ -14,7 +14,7 @@ from tdconcepts.attribution.neuron import NeuronSelector, Selector
 from tdconcepts.attribution.paths import IntegratedGradients, Quadrature
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import Options, Pullback, Site, Target
-from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.batching import expand, gather, groups, spread
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey, key_text
 from tdconcepts.tunables import Tunable
@@ -223,7 +223,7 @@ class NeuronConductance(IntegratedGradients):
         steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
         totals: dict[Wrt, Tensor] = {}
         others = [key for key in dict.fromkeys([*self._flow.reads(td), *path.reads(td)]) if key not in path.wrt]
-        for group in groups(self.n_steps, rows_of(td, this.chunk_size, path.in_keys), td.numel()):
+        for group in this.tracked(groups(self.n_steps, this.rows(td, path.in_keys), td.numel()), "path"):
             n, some = len(group), slice(group.start, group.stop)
             many = expand(td, n, others)
             for w in path.wrt:
@@ -271,7 +271,7 @@ def _walk(
     base, _ = explainer._at_baseline(td, path)
     moved = [key for key in explainer.module.in_keys if key in path.in_keys and _moves(td.get(key))]
     others = [key for key in path.reads(td) if key not in moved]
-    for group in groups(len(alphas), rows_of(td, this.chunk_size, path.in_keys), td.numel()):
+    for group in this.tracked(groups(len(alphas), this.rows(td, path.in_keys), td.numel()), "path"):
         n, some = len(group), slice(group.start, group.stop)
         many = expand(td, n, others)
         for key in moved:

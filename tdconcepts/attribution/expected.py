@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Options, Target, dispatch_rows
-from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.batching import expand, gather, groups, spread
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.pullback import Wrt
@@ -119,7 +119,7 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
         starts = {w: self._rows(w, end, lead) for w, end in ends.items()}
         others = [key for key in pullback.reads(td) if key not in pullback.wrt]
         totals: dict[Wrt, Tensor] = {}
-        for group in groups(self.n_samples, rows_of(td, this.chunk_size, pullback.in_keys), td.numel()):
+        for group in this.tracked(groups(self.n_samples, this.rows(td, pullback.in_keys), td.numel()), "samples"):
             n, some = len(group), slice(group.start, group.stop)
             steps, points = {}, {}
             for w, end in ends.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import check_module, check_td, dispatch_rows
-from tdconcepts.hooks.batching import check_chunk_size, expand, gather, groups, rows_of, slices, spread
-from tdconcepts.hooks.explaining import HELD
+from tdconcepts.hooks.batching import expand, gather, groups, joined, pieces_of, rows_of, slices, spread, tracked
+from tdconcepts.hooks.explaining import HELD, Running, check_options, check_running, finite
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
 from tdconcepts.tunables import Replaceable, Tunable, constructor
 
@@ -40,7 +40,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         include_clean: take the clean input as the first of the draws.
         noise: where the noise comes from: a ``torch.Generator`` (the same state, the same answer, whatever the chunks),
             the first part of the keys that hold standard-normal draws, or None for torch's own generator.
-        chunk_size: how many rows may be in flight; results do not depend on it.
+        options: ``chunk_size``, ``progress``, ``check_finite``; see :class:`~tdconcepts.hooks.explaining.Running`.
 
     Raises:
         BadValue: a negative level, no draws, or a relative level for rows of one number.
@@ -70,7 +70,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         relative: bool = True,
         include_clean: bool = False,
         noise: torch.Generator | NestedKey | None = None,
-        chunk_size: int | None = None,
+        **options: Unpack[Running],
     ) -> None:
         super().__init__()
         self.explainer = check_module(explainer, "explainer")
@@ -85,7 +85,9 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         if also:
             raise BadValue("an explainer under noise writes no outputs", got=f"outputs {also}", fix="outputs=False")
         self.noise_level, self.n_iter, self.relative = float(noise_level), n_iter, relative
-        self.include_clean, self.chunk_size = include_clean, check_chunk_size(chunk_size)
+        check_options(options, Running.__annotations__)
+        self.include_clean = include_clean
+        self.chunk_size, self.progress, self.check_finite = check_running(options)
         self.noise = as_key(noise) if isinstance(noise, (str, tuple)) else noise
         self.out_keys = [key for key in explainer.out_keys if join(key)[0] != CONVERGENCE_DELTA]
         ends = {join(key) for key in self.out_keys}
@@ -101,6 +103,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict`` under noise."""
         check_td(tensordict)
+        finite(tensordict, self._noisy, self.check_finite)
         keys = [*self.explainer.in_keys, *self.optional_keys]
         inputs = tensordict.select(*keys, strict=False)
         held = self.hold(inputs) if tensordict.get(HELD) is None else tensordict.get(HELD)
@@ -108,21 +111,22 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
             inputs.set(HELD, held)
         scales = self._scales(inputs)
         others = [key for key in (*keys, HELD) if key not in scales]
-        rows = rows_of(inputs, self.chunk_size, keys)
-        pieces = [(index, part, _Moments()) for index, part in slices(inputs, rows)]
-        for group in groups(self.n_iter, rows, inputs.numel()):
+        rows = rows_of(inputs, self.chunk_size, self._noisy, module=self.explainer)
+        most = pieces_of(inputs, self.chunk_size, self._noisy, self.explainer)
+        pieces = [(index, part, _Moments()) for index, part in slices(inputs, most)]
+        for group in tracked(groups(self.n_iter, rows, inputs.numel()), self.progress, "draws"):
             noisy = self._noisy_values(tensordict, scales, group)
             for index, part, moments in pieces:
                 n, batch = len(group), part.batch_size
                 many = expand(part, n, others)
                 for key, moved in noisy.items():
-                    many.set(key, spread(moved if index is ... else moved[:, index], n, batch))
+                    many.set(key, spread(moved if index is ... else moved[(slice(None), *index)], n, batch))
                 many = self.explainer(many)
                 for key in self.out_keys:
                     moments.add(key, gather(many.get(key), n, batch))
         for key in self.out_keys:
             found = [self._summary(moments, key) for _, _, moments in pieces]
-            tensordict.set(key, torch.cat(found) if len(found) > 1 else found[0])
+            tensordict.set(key, joined(found, inputs.batch_size, most))
         return tensordict
 
     def hold(self, tensordict: TensorDictBase) -> Tensor | None:

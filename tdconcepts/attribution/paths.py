@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Options, Site, Target, dispatch_rows
-from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.batching import expand, gather, groups, spread
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.pullback import Pullback, Wrt
@@ -156,9 +156,9 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         ends, starts = self._ends(path, td)
         steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
         totals: dict[Wrt, Tensor] = {}
-        rows = rows_of(td, this.chunk_size, path.in_keys)
+        rows = this.rows(td, path.in_keys, ends.values())
         others = [key for key in path.reads(td) if key not in path.wrt]
-        for group in groups(self.n_steps, rows, td.numel()):
+        for group in this.tracked(groups(self.n_steps, rows, td.numel()), "path"):
             n, some = len(group), slice(group.start, group.stop)
             many = expand(td, n, others)
             points = {w: spread(self._points(starts[w], steps[w], some), n, batch) for w in path.wrt}

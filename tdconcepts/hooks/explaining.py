@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, nearest
-from tdconcepts.hooks.batching import check_chunk_size, slices
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks.batching import check_chunk_size, joined, pieces_of, rows_of, slices, tracked
 from tdconcepts.hooks.calling import explained
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.pullback import Pullback, Wrt
+from tdconcepts.hooks.sites import Site
 from tdconcepts.hooks.targets import Target
 from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, check_writable, join, key_text
 
-__all__ = ["HELD", "Explaining", "Options", "check_options"]
+__all__ = ["HELD", "Explaining", "Options", "Running", "check_options", "check_running", "finite"]
+
+T = TypeVar("T")
 
 HELD = "held target"  # one flat key: where a wrapper tells its explainer which index "argmax" chose at the clean input
 
 
-class Options(TypedDict, total=False):
-    """The options that every explainer takes.
+class Running(TypedDict, total=False):
+    """How an explainer goes about its work; none of these changes a result.
 
     Args:
-        chunk_size: how many rows may be in flight; results do not depend on it. Default: chosen from the size of a row.
+        chunk_size: how many rows may be in flight; results do not depend on it. Default: chosen from the size of a row
+            (:func:`~tdconcepts.hooks.batching.rows_of`).
+        progress: show a progress bar for each long loop: True for tqdm's, or what makes one, called as
+            ``progress(pieces, desc="path")``, ``tqdm.auto.tqdm`` for one. Never in worker processes.
+        check_finite: raise for NaN or infinity in an entry that is explained, with its key and row. Default: on a CPU
+            yes, on a GPU (which would have to be waited for) and while compiling no.
+    """
+
+    chunk_size: int | None
+    progress: bool | Callable[..., Any]
+    check_finite: bool | None
+
+
+class Options(Running, total=False):
+    """The options that every explainer takes, besides those of :class:`Running`.
+
+    Args:
         outputs: also write the module's own ``out_keys``, from the same forward: an explained policy is still a policy.
             ``by=`` then means what the module has just written.
         create_graph: keep the graph of the results, for derivatives of an explanation; else they are detached.
         out_key: the first part of the keys that are written, ``"attribution"`` by default.
     """
 
-    chunk_size: int | None
     outputs: bool
     create_graph: bool
     out_key: NestedKey
@@ -62,14 +81,15 @@ class Explaining:
         rules: Any = None,
     ) -> None:
         if rules is None:
-            check_options(options, Options.__annotations__)
-        self.chunk_size = check_chunk_size(options.get("chunk_size"))
+            check_options(options, [*Running.__annotations__, *Options.__annotations__])
+        self.chunk_size, self.progress, self.check_finite = check_running(options)
         self.outputs = bool(options.get("outputs", False))
         self.create_graph = bool(options.get("create_graph", False))
         self.out_key = as_key(options.get("out_key", ATTRIBUTION))
         self._room = join(self.out_key)[0]
         self.pullback = Pullback(module, target, wrt, whole=self.outputs, rules=rules)
         self.in_keys = self.pullback.in_keys
+        self.entries = [w for w in self.pullback.wrt if not isinstance(w, Site) and w in self.in_keys]
         self.attribution_keys: list[NestedKey] = [as_key(join(self.out_key, name)) for name in self.pullback.names]
         self.out_keys = [
             *self.attribution_keys,
@@ -87,13 +107,17 @@ class Explaining:
         check_td(td)
         self._check_room(td)
         held = td.get(HELD)
-        if self.chunk_size is None or td.numel() <= self.chunk_size or not td.batch_dims:
+        finite(td, self.entries, self.check_finite)
+        rows = self.pieces(td)
+        if rows is None:
             results = attribute(td, held)
         else:
+            cut = list(slices(td, rows))
             parts = [
-                attribute(part, None if held is None else held[index]) for index, part in slices(td, self.chunk_size)
+                attribute(part, None if held is None else held[index])
+                for index, part in tracked(cut, self.progress, "rows")
             ]
-            results = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            results = {key: joined([part[key] for part in parts], td.batch_size, rows) for key in parts[0]}
         for key, value in results.items():
             td.set(key, value)
         return td
@@ -129,9 +153,21 @@ class Explaining:
                 fix='out_key="why"',
             )
 
-    def width(self, td: TensorDictBase) -> int | None:
-        """How many targets are pulled back at once within ``chunk_size``."""
-        return None if self.chunk_size is None else max(1, self.chunk_size // max(1, td.numel()))
+    def pieces(self, td: TensorDictBase) -> int | None:
+        """How many rows of a batch are explained at a time; None for all of them."""
+        return pieces_of(td, self.chunk_size, self.in_keys, self.pullback.module)
+
+    def rows(self, td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = ()) -> int:
+        """How many copies of rows may be in flight: ``chunk_size``, or a choice; see ``rows_of``."""
+        return rows_of(td, self.chunk_size, keys, inside, self.pullback.module)
+
+    def tracked(self, pieces: Sequence[T], what: str) -> Iterable[T]:
+        """``pieces``, with a progress bar where one is wanted."""
+        return tracked(pieces, self.progress, what) if self.progress else pieces
+
+    def width(self, td: TensorDictBase) -> int:
+        """How many targets are pulled back at once within ``chunk_size``, or a choice."""
+        return max(1, self.rows(td, self.in_keys) // max(1, td.numel()))
 
     def written(self, outputs: TensorDictBase) -> dict[NestedKey, Tensor]:
         """The module's own outputs, where they are wanted."""
@@ -139,6 +175,44 @@ class Explaining:
             return {}
         found = {key: outputs.get(key) for key in self.pullback.module.out_keys}
         return {key: value for key, value in found.items() if value is not None}
+
+
+def check_running(given: Mapping[str, Any]) -> tuple[int | None, Any, bool | None]:
+    """The options of :class:`Running`, checked."""
+    progress, check = given.get("progress", False), given.get("check_finite")
+    if not (isinstance(progress, bool) or callable(progress)):
+        raise BadType(
+            "not a progress bar", got=repr(progress), needed="True, False, or what makes one", fix="tqdm.tqdm"
+        )
+    if not (check is None or isinstance(check, bool)):
+        raise BadType("check_finite= is a bool", got=repr(check), needed="True, False, or None to choose")
+    return check_chunk_size(given.get("chunk_size")), progress, check
+
+
+def finite(td: TensorDictBase, keys: Iterable[NestedKey], check: bool | None) -> None:
+    """Raise for NaN or infinity in one of the entries ``keys``, where it is to be checked.
+
+    Raises:
+        BadValue: with the key, the row, and what is there.
+    """
+    if check is False or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return
+    for key in keys:
+        value = td.get(key)
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not (check or value.is_cpu):
+            continue
+        if math.isfinite(value.detach().sum().item()):  # which a sum of finite numbers may not be: look closer
+            continue
+        bad = (~value.detach().isfinite()).nonzero()
+        if len(bad):
+            at = tuple(bad[0].tolist())
+            row, place = list(at[: td.batch_dims]), list(at[td.batch_dims :])
+            raise BadValue(
+                f"{key_text(key)} is not finite",
+                got=f"{value[at].item()} in row {row[0] if len(row) == 1 else row}, at {place}",
+                needed="finite numbers: one NaN makes a whole explanation NaN",
+                fix=f"td[{key!r}].nan_to_num_(), or check_finite=False",
+            )
 
 
 def check_options(given: Mapping[str, Any], known: Any) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Target, check_td, dispatch_rows
-from tdconcepts.hooks.batching import slices
+from tdconcepts.hooks.batching import joined, slices
 from tdconcepts.hooks.drawing import Source
+from tdconcepts.hooks.explaining import finite
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
@@ -80,19 +81,23 @@ class FeaturePermutation(Replaceable, TensorDictModuleBase):
         if n == 1:
             got, needed = f"batch size {list(tensordict.batch_size)}", "two rows or more"
             raise BadValue("one row has no other row to take a feature from", got=got, needed=needed)
-        chunk = this.explaining.chunk_size or max(1, tensordict.numel())
+        finite(tensordict, this.explaining.entries, this.explaining.check_finite)
+        rows, batch = this.explaining.pieces(tensordict), tensordict.batch_size
         parts, outputs = [], []
-        for index, part in slices(tensordict, chunk):
+        for index, part in slices(tensordict, rows):
             ran, wrote = this.explaining.ran(part)
             parts.append((index, ran, this.hold(ran)))
             outputs.append(wrote)
-        results: dict[NestedKey, Tensor] = {key: torch.cat([o[key] for o in outputs]) for key in outputs[0]}
+        results: dict[NestedKey, Tensor] = {key: joined([o[key] for o in outputs], batch, rows) for key in outputs[0]}
         for path in this.games:
             played = [(index, Game(this, path, part, held)) for index, part, held in parts]
-            full = {w: torch.cat([game.ends[w] for _, game in played]) for w in path.wrt}
+            full = {w: joined([game.ends[w] for _, game in played], batch, rows) for w in path.wrt}
             orders = self._source.permutations(played[0][1].count, n).cpu()
-            found = [this.named(_permute(game, full, orders, index, tensordict)) for index, game in played]
-            results |= {key: torch.cat([one[key] for one in found]) for key in found[0]}
+            found = [
+                this.named(_permute(game, full, orders, index, tensordict))
+                for index, game in this.explaining.tracked(played, "rows")
+            ]
+            results |= {key: joined([one[key] for one in found], batch, rows) for key in found[0]}
         for key, value in results.items():
             tensordict.set(key, value)
         return tensordict
@@ -107,7 +112,7 @@ def _permute(
 ) -> dict[Wrt, Tensor]:
     """``orders [G, N]`` of all rows; this game has those at ``index``."""
     mine = orders.view(len(orders), *whole.batch_size)
-    mine = mine if index is ... else mine[:, index]  # type: ignore[index]
+    mine = mine if index is ... else mine[(slice(None), *index)]  # type: ignore[misc]
     flat = {w: value.flatten(0, game.lead - 1) for w, value in full.items()}
 
     def kept(at: Tensor) -> Tensor:  # experiment 0 is the row itself

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadValue, import_extra
+from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Options, Pullback, Site, Target
-from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
-from tdconcepts.hooks.explaining import Explaining, check_options
+from tdconcepts.hooks.batching import expand, gather, groups, spread
+from tdconcepts.hooks.explaining import Explaining, Running, check_options
 from tdconcepts.hooks.leaves import pick, put
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
@@ -35,12 +34,10 @@ class Perturbed(Options, total=False):
             part of the keys that hold it; a callable ``(value, batch_dims) -> value`` (:class:`Blur`, :class:`Mean`); a
             TensorDict of M rows, over which results are averaged; or a dict of these by key. Default:
             ``("baseline", *k)`` where the TensorDict has it, else zero.
-        progress: show a progress bar (tqdm); never in worker processes.
     """
 
     mask: Masks
     baseline: Baselines
-    progress: bool
 
 
 class Perturbing:
@@ -58,10 +55,9 @@ class Perturbing:
     def __init__(
         self, module: TensorDictModuleBase, target: Target, wrt: Wrt | list[Wrt] | None, options: Mapping[str, Any]
     ) -> None:
-        check_options(options, [*Options.__annotations__, *_OWN])
+        check_options(options, [*Running.__annotations__, *Options.__annotations__, *_OWN])
         self.explaining = this = Explaining(module, target, wrt, {k: v for k, v in options.items() if k not in _OWN})
         self.mask, self.baseline = options.get("mask"), options.get("baseline")
-        self.progress = bool(options.get("progress", False))
         whole = this.pullback
         check_masks(self.mask, whole.wrt)
         check_baselines(self.baseline, list(whole.names))
@@ -97,7 +93,7 @@ class Perturbing:
         return self.games[0].hold(td)
 
 
-_OWN = ("mask", "baseline", "progress")
+_OWN = ("mask", "baseline")
 
 
 class Game:
@@ -136,9 +132,9 @@ class Game:
         """
         this, td, path, batch = self.owner.explaining, self.td, self.path, self.td.batch_size
         others = [key for key in path.reads(td) if key not in path.wrt]
-        rows = rows_of(td, this.chunk_size, path.in_keys)
+        rows = this.rows(td, path.in_keys, self.sites.values())
         found = []
-        for group in self._tracked(list(groups(n * self.copies, rows, td.numel()))):
+        for group in this.tracked(groups(n * self.copies, rows, td.numel()), "forward passes"):
             m = len(group)
             at = torch.arange(group.start, group.stop, device=td.device)
             points = {w: spread(self._moved(w, at, kept, other), m, batch) for w in path.wrt}
@@ -187,11 +183,6 @@ class Game:
             whole = self.sites[w]
             return torch.stack([put(whole, w.index, lead, one) for one in moved.unbind(0)])
         return moved
-
-    def _tracked(self, chunks: list[range]) -> Iterable[range]:
-        if not self.owner.progress or multiprocessing.parent_process() is not None:
-            return chunks
-        return import_extra("tqdm", "demo").tqdm(chunks, desc="forward passes", leave=False)
 
 
 Other = Callable[[Tensor, Wrt], Tensor]

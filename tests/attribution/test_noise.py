@@ -304,7 +304,7 @@ def test_the_delta_of_a_path_is_not_averaged(smooth, batch):
 
 
 @pytest.mark.parametrize(
-    ("size", "chunk", "peak"), [((6,), 1, 1), ((6,), 4, 4), ((6,), 13, 12), ((), 7, 7), ((2, 9), 4, 9)]
+    ("size", "chunk", "peak"), [((6,), 1, 1), ((6,), 4, 4), ((6,), 13, 12), ((), 7, 7), ((2, 9), 4, 4)]
 )
 def test_rows_in_flight(smooth, batch, rows_seen, size, chunk, peak):
     with rows_seen(smooth.module[0]) as seen:

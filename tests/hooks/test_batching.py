@@ -1,13 +1,29 @@
 """Rows: batch dims in front, copies of a batch, pieces of it; each undone by its counterpart."""
 
+import multiprocessing
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from torch import nn
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.batching import align, check_chunk_size, dense, expand, gather, groups, rows_of, slices, spread
+from tdconcepts.hooks.batching import (
+    align,
+    check_chunk_size,
+    dense,
+    expand,
+    gather,
+    groups,
+    joined,
+    pieces_of,
+    rows_of,
+    slices,
+    spread,
+    tracked,
+)
 
 shapes = st.sampled_from([(), (1,), (4,), (2, 3), (1, 3), (2, 1, 3), (0,), (0, 3)])
 
@@ -116,22 +132,81 @@ def test_slices_cover_the_batch_within_the_rows(shape, rows):
         assert pieces[0][1] is td
         assert td.numel() <= rows or not shape
         return
-    assert torch.cat([part["x"] for _, part in pieces]).equal(td["x"])
     assert all(part["x"].equal(td["x"][index]) for index, part in pieces)
-    rest = torch.Size(shape[1:]).numel()
-    assert all(part.numel() <= max(rows, rest) for _, part in pieces)
+    assert all(part.numel() <= rows and part.batch_dims == td.batch_dims for _, part in pieces)
+    for key in ("x", ("n", "y")):
+        assert joined([part[key] for _, part in pieces], td.batch_size, rows).equal(td[key])
+
+
+def rows(count, size, dtype=torch.float32):
+    return TensorDict(x=torch.zeros(count, size, dtype=dtype), batch_size=[count])
 
 
 def test_rows_in_flight():
-    td = td_of((3,))
-    assert rows_of(td, 7, ["x"]) == 7
-    assert rows_of(td, 1, ["x"]) == 1
-    assert rows_of(td, None, ["x"]) == 2**14, "small rows: many at once"
-    image = TensorDict(x=torch.zeros(2, 2**16), batch_size=[2])
-    assert rows_of(image, None, ["x"]) == 4, "2**18 numbers in flight"
-    assert rows_of(TensorDict(x=torch.zeros(40, 2**16), batch_size=[40]), None, ["x"]) == 40, "never below the batch"
-    assert rows_of(TensorDict(x=torch.zeros(0, 4), batch_size=[0]), None, ["x"]) >= 1
-    assert rows_of(image, None, []) >= 2
+    assert rows_of(rows(3, 2), 7, ["x"]) == 7
+    assert rows_of(rows(3, 2), 1, ["x"]) == 1
+    assert rows_of(rows(3, 2), None, ["x"]) == 2**14, "small rows: many at once"
+    assert rows_of(rows(1, 3072), None, ["x"]) == 16, "192 KB"
+    assert rows_of(rows(8, 3072), None, ["x"]) == 32, "four times the batch"
+    assert rows_of(rows(30, 3072), None, ["x"]) == 42, "512 KB"
+    assert rows_of(rows(1, 2**17), None, ["x"]) == 4, "four rows"
+    assert rows_of(rows(40, 2**16), None, ["x"]) == 40, "the batch"
+    assert rows_of(rows(0, 4), None, ["x"]) >= 1
+    assert rows_of(rows(2, 2**16), None, []) >= 2
+
+
+def test_what_a_row_is_measured_by():
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100))
+    tokens = rows(1, 32, torch.int64)
+    assert rows_of(tokens, None, ["x"]) == 1536
+    assert rows_of(tokens, None, ["x"], module=model) == 15, "a token has 100 scores"
+    assert rows_of(tokens, None, ["x"], module=model[0]) == 192, "or 8 numbers"
+    assert rows_of(tokens, None, ["x"], module=nn.Linear(32, 2)) == 1536
+    assert rows_of(tokens, None, ["x"], inside=[torch.zeros(1, 4, 1024)]) == 12, "a value inside is larger"
+
+
+def test_pieces_of_a_large_batch():
+    model = nn.Linear(1, 1)
+    assert pieces_of(rows(32, 2**16), None, ["x"], model) is None, "few rows"
+    assert pieces_of(rows(2**9, 2**11), None, ["x"], model) is None, "4 MB"
+    assert pieces_of(rows(2**10, 2**11), None, ["x"], model) == 128, "1 MB"
+    assert pieces_of(rows(2**7, 2**15), None, ["x"], model) == 32, "32 rows"
+    assert pieces_of(rows(2**10, 2**11).reshape(4, 256), None, ["x"], model) == 256, "no index of the first dim is cut"
+    assert pieces_of(rows(2**10, 2**11), 2**10, ["x"], model) is None
+    assert pieces_of(rows(2**10, 2**11).reshape(4, 256), 7, ["x"], model) == 7, "but on request"
+    assert pieces_of(rows(8, 2).reshape(2, 4), 3, ["x"], nn.Sequential(nn.LSTM(2, 2))) == 4, "time is a dim"
+    assert pieces_of(rows(0, 2), 3, ["x"], model) is None
+    norm = nn.Sequential(nn.BatchNorm1d(2))
+    assert pieces_of(rows(2**10, 2**11), None, ["x"], norm) is None
+    assert pieces_of(rows(2**10, 2**11), None, ["x"], norm.eval()) == 128
+
+
+# ---------------------------------------------------------------------------------------------------- bars
+
+
+def test_progress_bars(capsys):
+    seen = []
+
+    def bar(pieces, desc):
+        seen.append(desc)
+        return iter(pieces)
+
+    pieces = [1, 2, 3]
+    assert tracked(pieces, False, "work") is pieces
+    assert list(tracked(pieces, bar, "work")) == pieces
+    assert tracked([1], bar, "work") == [1]
+    assert seen == ["work"]
+    assert list(tracked(pieces, True, "work")) == pieces
+    assert "work" in capsys.readouterr().err
+
+
+def _in_a_worker(pieces):
+    return tracked(pieces, True, "work") is pieces
+
+
+def test_no_bars_in_worker_processes():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(_in_a_worker, [[1, 2]]) == [True]
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 1.5, True, "all"])

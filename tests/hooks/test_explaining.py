@@ -9,7 +9,7 @@ from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Site, Target
-from tdconcepts.hooks.explaining import HELD, Explaining, check_options
+from tdconcepts.hooks.explaining import HELD, Explaining, check_options, finite
 
 
 def explaining(net=None, target=None, wrt=None, **options):
@@ -69,16 +69,15 @@ def test_chunks_are_put_together_again(chunk_size, shape, held):
     assert this.run(td, attribute) is td
     assert td["attribution", "x"].equal(td["x"] * 2 + (td[HELD].unsqueeze(-1) if held else 0))
     assert sum(sizes) == td.numel()
-    rest = torch.Size(shape[1:]).numel()
     if chunk_size is None:
         assert len(sizes) == 1
     elif shape:
-        assert max(sizes) <= max(chunk_size, rest)
+        assert max(sizes) <= chunk_size
 
 
 def test_targets_at_once():
     td = batch()
-    assert [explaining(chunk_size=c).width(td) for c in (None, 1, 5, 11, 64)] == [None, 1, 1, 2, 12]
+    assert [explaining(chunk_size=c).width(td) for c in (None, 1, 5, 11, 64)] == [2457, 1, 1, 2, 12]
     assert explaining(chunk_size=3).width(batch(1)[0]) == 3
     assert explaining(chunk_size=3).width(batch()[:0]) == 3
 
@@ -105,7 +104,49 @@ def test_a_failure_writes_nothing():
     assert set(td.keys()) == {"x"}
 
 
+# ---------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("shape", "row", "text"), [((5,), (3,), "3"), ((2, 3), (1, 0), "[1, 0]"), ((), (), "[]")])
+def test_a_number_that_is_none_is_named(bad, shape, row, text):
+    td = TensorDict(x=torch.randn(*shape, 4), batch_size=shape)
+    td["x"][(*row, 2)] = bad
+    with pytest.raises(BadValue, match="'x' is not finite") as error:
+        explaining().run(td, lambda part, held: {})
+    assert f"{bad} in row {text}, at [2]" in str(error.value)
+    explaining(check_finite=False).run(td, lambda part, held: {})
+    explaining(pipeline(), Target("y", 0), Site("1")).run(td, lambda part, held: {})  # x is not what is explained
+
+
+def test_what_is_finite():
+    finite(batch(), ["x", "missing"], None)
+    finite(TensorDict(x=torch.ones(3, dtype=torch.long), batch_size=[3]), ["x"], True)
+    finite(TensorDict(x=torch.full((3, 4), 3e38), batch_size=[3]), ["x"], True)  # the sum of these is not
+    finite(TensorDict(x=torch.zeros(0, 4), batch_size=[0]), ["x"], True)
+    torch.vmap(lambda x: finite(TensorDict(x=x, batch_size=[]), ["x"], True) or x)(torch.ones(2, 3))
+
+
+def test_bars_on_request(capsys):
+    seen = []
+
+    def bar(pieces, desc):
+        seen.append((desc, len(pieces)))
+        return pieces
+
+    explaining(chunk_size=2, progress=bar).run(batch(), lambda part, held: {("attribution", "x"): part["x"]})
+    assert seen == [("rows", 3)]
+    explaining(chunk_size=2, progress=True).run(batch(), lambda part, held: {("attribution", "x"): part["x"]})
+    assert "rows" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("options", [{"progress": 3}, {"progress": "yes"}, {"check_finite": 1}, {"check_finite": "no"}])
+def test_options_that_are_none(options):
+    with pytest.raises(BadType, match=r"not a progress bar|check_finite= is a bool"):
+        explaining(**options)
 
 
 def test_options_that_do_not_exist():
