@@ -6,14 +6,20 @@ from tdconcepts.rl.episodes import episode_returns
 from tdconcepts.rl.explaining import RolloutExplainer, explain_rollout
 from tdconcepts.rl.returns import Returns, compare_returns
 from tdconcepts.rl.rollouts import rollout_episodes
+from tdconcepts.rl.saliency import Greydanus, Objects, ObjectSaliency, Sarfa, Spots
 from tdconcepts.rl.stages import AgentStages, Stage, agent_stages
 from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, state_value
 from tdconcepts.rl.times import at_time
 
 __all__ = [
     "AgentStages",
+    "Greydanus",
+    "ObjectSaliency",
+    "Objects",
     "Returns",
     "RolloutExplainer",
+    "Sarfa",
+    "Spots",
     "Stage",
     "TrainedAgent",
     "advantage",

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from world import row
+from world import DATA_DEPENDENT, argmax, explainer, row
 
 import tdconcepts as tdc
 from tdconcepts import Target
@@ -10,7 +10,7 @@ from tdconcepts import Target
 ROWS = []
 
 if importlib.util.find_spec("torchrl") is not None:
-    from tdconcepts.rl import RolloutExplainer
+    from tdconcepts.rl import Greydanus, Objects, ObjectSaliency, RolloutExplainer, Sarfa
 
     ROWS = [
         row(
@@ -19,5 +19,16 @@ if importlib.util.find_spec("torchrl") is not None:
                 tdc.Gradient(w.model, Target(w("logits"), by=w("action")), w("observation")), chunk_size=2
             ),
             compiled="a rollout is explained chunk by chunk, outside graphs; compile the explainer",
+        ),
+        explainer("Greydanus", lambda w: Greydanus(w.model, w("logits"), **w.chunk), compiled=DATA_DEPENDENT),
+        explainer(
+            "Sarfa",
+            lambda w: Sarfa(w.model, w("logits"), w("action"), **w.chunk),
+            compiled=DATA_DEPENDENT,
+        ),
+        explainer(
+            "ObjectSaliency",
+            lambda w: ObjectSaliency(w.model, argmax(w), w("hidden"), features=Objects(w("action"), 3), **w.chunk),
+            compiled=DATA_DEPENDENT,
         ),
     ]
