@@ -38,7 +38,21 @@ from tdconcepts.experiments import (
     interchange,
     path_patching,
 )
-from tdconcepts.hooks import Ablate, Add, Capture, Patch, Replace, Scale, Site, Target, anchor, capture, patch
+from tdconcepts.hooks import (
+    Ablate,
+    Add,
+    Capture,
+    Patch,
+    Replace,
+    Scale,
+    Site,
+    Steps,
+    Target,
+    When,
+    anchor,
+    capture,
+    patch,
+)
 from tdconcepts.interventions import (
     Do,
     GradientPolicy,
@@ -106,6 +120,7 @@ __all__ = [
     "Site",
     "SmoothGrad",
     "SmoothGradSquared",
+    "Steps",
     "Summed",
     "Sweep",
     "Target",
@@ -114,6 +129,7 @@ __all__ = [
     "UncertaintyPolicy",
     "UniformPolicy",
     "VarGrad",
+    "When",
     "ablation_effects",
     "activation_patching",
     "anchor",

@@ -1,6 +1,7 @@
 """How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
 
 from tdconcepts.hooks.calling import dispatch_rows
+from tdconcepts.hooks.conditions import Steps, When
 from tdconcepts.hooks.directions import RemoveDirection, random_directions
 from tdconcepts.hooks.edits import Ablate, Add, Edit, Replace, Scale
 from tdconcepts.hooks.explaining import Options
@@ -29,7 +30,9 @@ __all__ = [
     "Replace",
     "Scale",
     "Site",
+    "Steps",
     "Target",
+    "When",
     "anchor",
     "capture",
     "check_module",
