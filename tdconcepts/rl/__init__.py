@@ -8,12 +8,14 @@ from tdconcepts.rl.returns import Returns, compare_returns
 from tdconcepts.rl.rollouts import rollout_episodes
 from tdconcepts.rl.saliency import Greydanus, Objects, ObjectSaliency, Sarfa, Spots
 from tdconcepts.rl.stages import AgentStages, Stage, agent_stages
-from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, state_value
+from tdconcepts.rl.sverl import Hidden, Sverl, sverl_outcome
+from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, probability, state_value
 from tdconcepts.rl.times import at_time
 
 __all__ = [
     "AgentStages",
     "Greydanus",
+    "Hidden",
     "ObjectSaliency",
     "Objects",
     "Returns",
@@ -21,6 +23,7 @@ __all__ = [
     "Sarfa",
     "Spots",
     "Stage",
+    "Sverl",
     "TrainedAgent",
     "advantage",
     "agent_stages",
@@ -37,6 +40,8 @@ __all__ = [
     "explain_rollout",
     "log_prob",
     "ppo_cartpole",
+    "probability",
     "rollout_episodes",
     "state_value",
+    "sverl_outcome",
 ]

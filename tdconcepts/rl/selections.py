@@ -14,7 +14,7 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.keys import NestedKey, key_text
 
-__all__ = ["Advantage", "Agents", "Alone", "Chosen", "Contrast", "Likelihood", "of_agent", "one_hot"]
+__all__ = ["Advantage", "Agents", "Chosen", "Contrast", "Likelihood", "Probability", "of_agent", "one_hot"]
 
 Agents: TypeAlias = int | Sequence[int] | None  # one, several targets, or the only (for probabilities: the joint) one
 
@@ -122,6 +122,24 @@ class Likelihood:
                 needed="a distribution with entropy()",
                 fix="explain the log-probability, or the scale: Target('scale', 0)",
             ) from error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probability:
+    """What log-probabilities, of one agent or joint, stand for."""
+
+    inner: Any
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        return list(self.inner.in_keys)
+
+    @property
+    def goals(self) -> list[NestedKey]:
+        return list(self.inner.goals)
+
+    def __call__(self, value: Tensor, td: TensorDictBase) -> Tensor:
+        return self.inner(value, td).exp()
 
 
 @dataclasses.dataclass(frozen=True)

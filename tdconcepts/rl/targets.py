@@ -7,9 +7,18 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from tdconcepts.errors import BadType
 from tdconcepts.hooks import Target, check_module
 from tdconcepts.keys import NestedKey, as_key
-from tdconcepts.rl.selections import Advantage, Agents, Alone, Chosen, Contrast, Likelihood, of_agent
+from tdconcepts.rl.selections import (
+    Advantage,
+    Agents,
+    Alone,
+    Chosen,
+    Contrast,
+    Likelihood,
+    Probability,
+    of_agent,
+)
 
-__all__ = ["advantage", "chosen_value", "contrast", "entropy", "log_prob", "state_value"]
+__all__ = ["advantage", "chosen_value", "contrast", "entropy", "log_prob", "probability", "state_value"]
 
 
 def chosen_value(of: NestedKey = "action_value", action: NestedKey = "action", *, agent: Agents = None) -> Target:
@@ -145,6 +154,12 @@ def log_prob(policy: TensorDictModuleBase, action: NestedKey = "action", *, agen
     """
     head, written = _head(policy)
     return Target(head.in_keys[0], of_agent(Likelihood(head, written, as_key(action)), agent))
+
+
+def probability(policy: TensorDictModuleBase, action: NestedKey = "action", *, agent: int | None = None) -> Target:
+    r"""The probability (density) of the logged action, :math:`\pi(a|s)`; arguments and errors as :func:`log_prob`."""
+    head, written = _head(policy)
+    return Target(head.in_keys[0], Probability(of_agent(Likelihood(head, written, as_key(action)), agent)))
 
 
 def entropy(policy: TensorDictModuleBase, *, agent: Agents = None) -> Target:

@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import torch
+from tensordict import TensorDict
 from world import DATA_DEPENDENT, argmax, explainer, row
 
 import tdconcepts as tdc
@@ -10,7 +12,7 @@ from tdconcepts import Target
 ROWS = []
 
 if importlib.util.find_spec("torchrl") is not None:
-    from tdconcepts.rl import Greydanus, Objects, ObjectSaliency, RolloutExplainer, Sarfa
+    from tdconcepts.rl import Greydanus, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl
 
     ROWS = [
         row(
@@ -29,6 +31,16 @@ if importlib.util.find_spec("torchrl") is not None:
         explainer(
             "ObjectSaliency",
             lambda w: ObjectSaliency(w.model, argmax(w), w("hidden"), features=Objects(w("action"), 3), **w.chunk),
+            compiled=DATA_DEPENDENT,
+        ),
+        explainer(
+            "Sverl",
+            lambda w: Sverl(
+                w.model,
+                argmax(w),
+                TensorDict({w("observation"): torch.linspace(-1, 1, 8, dtype=w.dtype).view(2, 4)}, [2]),
+                **w.chunk,
+            ),
             compiled=DATA_DEPENDENT,
         ),
     ]
