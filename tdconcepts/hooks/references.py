@@ -1,0 +1,255 @@
+"""Changed backward passes that compare a forward with that of a reference: the engine, without a formula."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from tdconcepts.errors import BadValue
+from tdconcepts.hooks.flows import changed, is_inplace, operation_name, tensors, untransformed
+from tdconcepts.hooks.jacobian import differentiable
+from tdconcepts.hooks.opened import OPENED, open_up
+from tdconcepts.hooks.plans import Run, Step
+from tdconcepts.hooks.pullback import Pullback, Pulled, Wrt
+from tdconcepts.hooks.sites import Place, Site
+
+__all__ = ["Comparison", "References", "moves"]
+
+_TAPE: Any = "what the reference did"  # among the points of a run, where it travels from the caller to the operations
+
+
+class Noted(NamedTuple):
+    """What an operation was given and wrote."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One call of an operation at the input, and what it was given and wrote at the reference.
+
+    Args:
+        name: of the operation.
+        function: what was called.
+        args, kwargs, output: at the input, as they were given.
+        base: at the reference.
+        points: where derivatives of the result are wanted, the same values with the graph of the unchanged model, by
+            the identity of the tensor; else None.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    base: Noted
+    points: Mapping[int, Tensor] | None
+
+    def given(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument, by its position or name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def constant(self, value: Tensor) -> Tensor:
+        """A tensor that it was given or wrote, for use in a factor: with its true graph, if that is wanted, or none."""
+        return value.detach() if self.points is None else self.points.get(id(value), value)
+
+
+class _Tape:
+    """What the operations of a forward were given and wrote, in order."""
+
+    def __init__(self, keep_graph: bool) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.position = -1  # below 0: recording
+        self.keep_graph = keep_graph
+
+    def record(self, name: str, noted: Noted) -> None:
+        """Note a call."""
+        self.calls.append((name, noted if self.keep_graph else changed(noted, torch.detach)))
+
+    def next(self, name: str, output: Any) -> Noted:
+        """The next call that was noted, which is the same one."""
+        if self.position >= len(self.calls):
+            raise _other_way(name, "nothing more")
+        found, noted = self.calls[self.position]
+        now, then = ([tuple(t.shape) for t in tensors(value)] for value in (output, noted.output))
+        if found != name or now != then:
+            raise _other_way(f"{name} {now}", f"{found} {then}")
+        self.calls[self.position] = (found, None)  # free what it held
+        self.position += 1
+        return noted
+
+    def done(self) -> None:
+        """Raise where not all has been met."""
+        if self.position < len(self.calls):
+            raise _other_way("nothing more", self.calls[self.position][0])
+
+
+class _Meeting:
+    """The tape of the reference, and that of the unchanged model where derivatives of the result are wanted."""
+
+    def __init__(self, reference: _Tape, point: _Tape | None) -> None:
+        self.reference, self.point = reference, point
+        reference.position = 0
+        if point is not None:
+            point.position = 0
+
+    def compared(self, name: str, func: Any, noted: Noted) -> Comparison:
+        """The call, next to what was noted."""
+        base = self.reference.next(name, noted.output)
+        points = None
+        if self.point is not None:
+            true = tensors(self.point.next(name, noted.output))
+            points = {id(t): other for t, other in zip(tensors(noted), true, strict=True)}
+        return Comparison(name, func, *noted, base, points)
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+    """Formulas for operations that know what the operation did at a reference: a program of a pull-back.
+
+    Two forwards, the reference's first: what each operation with a formula was given and wrote there is kept, and met
+    again in the same order. So nothing has to be known of where a model keeps its batch, and a row gets what it gets
+    alone. Composite operations are opened up.
+
+    Args:
+        formulas: for names of operations, what gives their output with another backward pass.
+        judge: ``judge(name, args, kwargs)`` says, for an operation without a formula, why it can't be followed and
+            which tensors must stay the same for that not to matter (None: what it writes); or it says None.
+        refuse: ``refuse(name, reason)`` is told of such an operation where these change.
+    """
+
+    formulas: Mapping[str, Callable[[Comparison], Any]]
+    judge: Callable[[str, tuple[Any, ...], dict[str, Any]], tuple[str, list[Tensor] | None] | None]
+    refuse: Callable[[str, str], None]
+    in_keys: ClassVar[tuple[Any, ...]] = ()
+
+    def around(self, module: nn.Module, steps: list[Step]) -> list[Step]:
+        """Other steps, and the one that sees every operation."""
+        whole = Place(Site("."), ".", module, "input", None, None, None, None)
+        safe = all(type(m).__module__.startswith(("torch.nn.modules.", "tensordict.")) for m in module.modules())
+        safe = safe and not any(getattr(m, "inplace", False) is True for m in module.modules())
+        return [*steps, Step(whole, _Compare(self, safe), every=True, whole=True)]
+
+    def compared(
+        self,
+        pullback: Pullback,
+        td: TensorDictBase,
+        starts: Mapping[Wrt, Tensor],
+        **how: Any,
+    ) -> Pulled:
+        """Pull a target back through this program: a forward with ``starts`` in the place of what is explained, then
+        one at the input.
+
+        Args:
+            pullback: made with ``rules=`` this program.
+            td: as for the pull-back.
+            starts: for each *wrt* its value at the reference.
+            how: further arguments of the pull-back.
+        """
+        deep, held = how.get("create_graph", False), how.get("held")
+        reference, point = _Tape(deep), _Tape(True) if deep else None
+        with torch.enable_grad() if is_compiling() else differentiable():
+            points = {w: start.clone() for w, start in starts.items()}  # an in-place operation may follow
+            pullback.evaluate(td, {**points, _TAPE: reference}, held, create_graph=True)
+            if point is not None:
+                pullback.evaluate(td, {_TAPE: point}, held, create_graph=True)
+            meeting: Any = _Meeting(reference, point)
+            pulled = pullback(td, {_TAPE: meeting}, **how)
+        reference.done()
+        return pulled
+
+
+class _Compare:
+    """What a function mode does with each call of a function."""
+
+    def __init__(self, program: References, safe: bool) -> None:
+        self.program, self.safe = program, safe
+
+    def __call__(self, tree: Any, run: Run, given: Any) -> Any:
+        return tree
+
+    def operate(self, run: Run, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``func``: note it, or compare it with what was noted."""
+        tape: _Tape | _Meeting | None = run.store.get("points", {}).get(_TAPE)
+        if tape is None:
+            return func(*args, **kwargs)
+        name = operation_name(func)
+        formula = self.program.formulas.get(name)
+        if formula is None:
+            return self._without(tape, name, run, func, args, kwargs)
+        if not any(value.is_floating_point() for value in tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        target = args[0] if is_inplace(func) or kwargs.get("inplace") is True else None
+        if target is not None:
+            kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
+            args = (target.clone(), *args[1:])
+        elif not self.safe:
+            args, kwargs = changed((args, kwargs), _copied)
+        output = func(*((args[0].clone(), *args[1:]) if target is not None else args), **kwargs)
+        noted = Noted(args, kwargs, output)
+        if isinstance(tape, _Tape):
+            aliased = not self.safe or target is not None
+            tape.record(name, noted._replace(output=changed(output, torch.clone)) if aliased else noted)
+        else:
+            compared = tape.compared(name, func, noted)
+            if any(map(moves, tensors((args, kwargs)))):
+                output = carried(formula, compared)
+        return output if target is None else target.copy_(output)
+
+    def _without(self, tape: _Tape | _Meeting, name: str, run: Run, func: Any, args: Any, kwargs: Any) -> Any:
+        if name in OPENED:
+            return open_up(name, self, run, args, kwargs)
+        found = self.program.judge(name, args, kwargs)
+        output = func(*args, **kwargs)
+        if found is None:
+            return output
+        reason, values = found
+        values = [t.clone() for t in tensors(output if values is None else values) if t.is_floating_point()]
+        if not values:
+            return output
+        if isinstance(tape, _Tape):
+            tape.record(name, Noted((), {}, values))
+        elif _changes(values, tape.compared(name, func, Noted((), {}, values)).base.output):
+            self.program.refuse(name, reason)
+        return output
+
+
+def moves(value: Any) -> bool:
+    """Whether a value may be another one than at the reference: it has a graph, and is no parameter."""
+    return isinstance(value, Tensor) and value.requires_grad and not isinstance(value, nn.Parameter)
+
+
+def _changes(values: list[Tensor], base: list[Tensor]) -> bool:
+    if not any(map(moves, values)):
+        return False
+    seen = all(map(untransformed, values))
+    return not seen or not all(torch.equal(a, b) for a, b in zip(values, base, strict=True))
+
+
+def carried(formula: Callable[[Comparison], Any], compared: Comparison) -> Any:
+    """The output by a formula, whose own operations are not looked at."""
+    if is_compiling():
+        return formula(compared)
+    with torch._C.DisableTorchFunction():
+        return formula(compared)
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value if isinstance(value, nn.Parameter) or not value.is_floating_point() else value.clone()
+
+
+def _other_way(now: str, then: str) -> BadValue:
+    return BadValue(
+        "the model takes another way at the baseline than at the input",
+        got=f"{now} at the input, {then} at the baseline",
+        needed="the same operations in the same order",
+        fix="another baseline; or IntegratedGradients, which only needs gradients",
+    )
