@@ -2,6 +2,7 @@
 
 from tdconcepts.attribution.cam import GradCAM
 from tdconcepts.attribution.conductance import Conductance, InternalInfluence, NeuronConductance
+from tdconcepts.attribution.deeplift import DeepLift, DeepLiftShap
 from tdconcepts.attribution.expected import ExpectedGradients
 from tdconcepts.attribution.gradient import Gradient, InputXGradient, Saliency
 from tdconcepts.attribution.layers import (
@@ -19,6 +20,8 @@ from tdconcepts.attribution.wrappers import Absolute, Normalised, Summed, TimesI
 __all__ = [
     "Absolute",
     "Conductance",
+    "DeepLift",
+    "DeepLiftShap",
     "ExpectedGradients",
     "GradCAM",
     "Gradient",

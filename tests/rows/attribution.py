@@ -9,6 +9,8 @@ from tdconcepts import Site, Target
 from tdconcepts.attribution import (
     Absolute,
     Conductance,
+    DeepLift,
+    DeepLiftShap,
     ExpectedGradients,
     GradCAM,
     InternalInfluence,
@@ -119,6 +121,27 @@ ROWS = [
             **w.chunk,
         ),
         compiled=GENERATOR,
+    ),
+    explainer(
+        "DeepLift of several targets, to entries and sites",
+        lambda w: DeepLift(
+            w.model,
+            Target(w("logits"), [2, 0]),
+            [w("observation"), Site("0.0"), w("hidden")],
+            convergence_delta=True,
+            **w.chunk,
+        ),
+        "0.0",
+        "0",
+    ),
+    explainer(
+        "DeepLiftShap",
+        lambda w: DeepLiftShap(
+            w.model,
+            argmax(w),
+            baselines=TensorDict({w("observation"): torch.linspace(-1, 1, 8).view(2, 4)}, [2]),
+            **w.chunk,
+        ),
     ),
     explainer("GradCAM", lambda w: GradCAM(w.model, Target(w("logits"), [1, 2]), "0.0", **w.chunk), "0.0"),
     row("LayerActivation", lambda w: LayerActivation(w.model, "0.0")),
