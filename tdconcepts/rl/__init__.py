@@ -1,9 +1,12 @@
 """torchrl: agents, rollouts and returns. Importing this room does not import torchrl; using an environment does."""
 
 from tdconcepts.rl.agents import TrainedAgent, cartpole_env, cartpole_policy, ppo_cartpole
+from tdconcepts.rl.counterfactual import counterfactual, restore_state
 from tdconcepts.rl.distributional import distribution_mean, distribution_quantile
 from tdconcepts.rl.episodes import episode_returns
 from tdconcepts.rl.explaining import RolloutExplainer, explain_rollout
+from tdconcepts.rl.marking import Marked, check_marked
+from tdconcepts.rl.observing import edit_observation
 from tdconcepts.rl.returns import Returns, compare_returns
 from tdconcepts.rl.rollouts import rollout_episodes
 from tdconcepts.rl.saliency import Greydanus, Objects, ObjectSaliency, Sarfa, Spots
@@ -16,6 +19,7 @@ __all__ = [
     "AgentStages",
     "Greydanus",
     "Hidden",
+    "Marked",
     "ObjectSaliency",
     "Objects",
     "Returns",
@@ -30,17 +34,21 @@ __all__ = [
     "at_time",
     "cartpole_env",
     "cartpole_policy",
+    "check_marked",
     "chosen_value",
     "compare_returns",
     "contrast",
+    "counterfactual",
     "distribution_mean",
     "distribution_quantile",
+    "edit_observation",
     "entropy",
     "episode_returns",
     "explain_rollout",
     "log_prob",
     "ppo_cartpole",
     "probability",
+    "restore_state",
     "rollout_episodes",
     "state_value",
     "sverl_outcome",

@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 from tensordict import TensorDict
-from world import DATA_DEPENDENT, argmax, explainer, row
+from world import DATA_DEPENDENT, DIFFERENTIABLE, argmax, explainer, row
 
 import tdconcepts as tdc
 from tdconcepts import Target
@@ -12,9 +12,10 @@ from tdconcepts import Target
 ROWS = []
 
 if importlib.util.find_spec("torchrl") is not None:
-    from tdconcepts.rl import Greydanus, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl
+    from tdconcepts.rl import Greydanus, Marked, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl
 
     ROWS = [
+        row("Marked", lambda w: Marked(w.model), detached=DIFFERENTIABLE, nested="the mark is of the keys, too"),
         row(
             "RolloutExplainer",
             lambda w: RolloutExplainer(
