@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 from tensordict import TensorDict
-from world import DATA_DEPENDENT, DIFFERENTIABLE, argmax, explainer, row
+from world import DATA_DEPENDENT, DIFFERENTIABLE, TENSORDICTS, argmax, explainer, row
 
 import tdconcepts as tdc
 from tdconcepts import Target
@@ -15,7 +15,13 @@ if importlib.util.find_spec("torchrl") is not None:
     from tdconcepts.rl import Greydanus, Marked, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl
 
     ROWS = [
-        row("Marked", lambda w: Marked(w.model), detached=DIFFERENTIABLE, nested="the mark is of the keys, too"),
+        row(
+            "Marked",
+            lambda w: Marked(w.model),
+            detached=DIFFERENTIABLE,
+            nested="the mark is of the keys, too",
+            bad_input=TENSORDICTS,
+        ),
         row(
             "RolloutExplainer",
             lambda w: RolloutExplainer(
