@@ -125,7 +125,7 @@ def needed(
 
 def containers(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     """The sequentials that can be taken apart: running their stages passes by what is hooked on them."""
-    inside = _listed(module) if _is_probabilistic(module) else _children(module)
+    inside = _listed(module) if _is_probabilistic(module) else _children(module, fused=True)
     return [module, *(inner for child in inside for inner in containers(child))] if inside else []
 
 
@@ -139,10 +139,15 @@ def _last_writer(found: list[TensorDictModuleBase], key: NestedKey) -> int | Non
     return next((i for i in range(len(found) - 1, -1, -1) if key in found[i].out_keys), None)
 
 
-def _children(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
-    """The direct stages of a plain sequential; none for one with its own forward, a tolerance or selected keys."""
-    plain = type(module).forward is TensorDictSequential.forward and not getattr(module, "partial_tolerant", False)
-    if not plain or getattr(module, "_select_before_return", False) or is_watched(module):
+def _children(module: TensorDictModuleBase, fused: bool = False) -> list[TensorDictModuleBase]:
+    """The direct stages of a plain sequential; none for one with its own forward, a tolerance or selected keys.
+
+    With ``fused`` also those of one that runs its stages in one go, and says so by ``is_sequence``.
+    """
+    plain = type(module).forward is TensorDictSequential.forward or (fused and getattr(module, "is_sequence", False))
+    if not plain or getattr(module, "partial_tolerant", False):
+        return []
+    if getattr(module, "_select_before_return", False) or is_watched(module):
         return []
     return _listed(module)
 
@@ -171,7 +176,7 @@ def _deep(module: TensorDictModuleBase) -> list[tuple[TensorDictModuleBase, Tens
     if _is_probabilistic(module):
         *before, last = _listed(module)
         return [pair for child in before for pair in _deep(child)] + [(last, module)]
-    children = _children(module)
+    children = _children(module, fused=True)
     return [pair for child in children for pair in _deep(child)] if children else [(module, None)]
 
 

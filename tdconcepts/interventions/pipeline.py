@@ -1,57 +1,67 @@
-"""The intervention pipeline: score -> select -> value -> replace, spliced into a model."""
+"""The intervention pipeline: value -> score -> select -> replace, as stages or in one go."""
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, Unpack, cast
 
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, skip_existing
 from torch import nn
 
-from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks.stages import check_module, cut
-from tdconcepts.interventions.policies import UniformPolicy
-from tdconcepts.interventions.selection import SelectStage
-from tdconcepts.interventions.stages import CallableStage, ReplaceStage, Splice
-from tdconcepts.keys import INTERVENTION, NestedKey, as_key, check_writable, key_text
+from tdconcepts.errors import BadKey, BadType
+from tdconcepts.interventions.selection import Selection, SelectStage, known_places
+from tdconcepts.interventions.sequential import GreedyStage
+from tdconcepts.interventions.stages import (
+    CallableStage,
+    ConceptStage,
+    ReplaceStage,
+    Splice,
+    check_unlocked,
+    read_block,
+)
+from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["InterventionPipeline", "intervene"]
+__all__ = ["InterventionPipeline", "Step"]
 
 Step: TypeAlias = TensorDictModuleBase | Callable[..., Any]
 
 
 class InterventionPipeline(TensorDictSequential):
-    """Changes a block of concepts: which (``policy``), how many (``fraction`` or ``k``), to what (``strategy``).
+    """Changes a block of concepts: which (``policy``), how many (``fraction``, ``k``, ...), to what (``strategy``).
 
-    The stages ``"score"``, ``"select"``, ``"value"`` and ``"replace"`` run one after the other:
-    ``concepts = where(top_k(score), value, concepts)``.
+    ``concepts = where(top_k(score), value, concepts)``, by the stages ``"value"``, ``"score"``, ``"select"`` and
+    ``"replace"``. They can be looked at, exchanged and run one by one; where nothing hangs on them they run in one go,
+    with the same results.
 
     =======  ============================================================  =================
-    reads    ``at``, and what policy and strategy read                     ``[*B, C]``
+    reads    ``at``, and what policy, strategy and selection read          ``[*B, C]``
+    writes   ``("intervention", "value")``                                 ``[*B, C]``
     writes   ``("intervention", "score")``: high = replaced first          ``[*B, C]``
     writes   ``("intervention", "mask")``: True = replaced                 ``[*B, C]``, bool
-    writes   ``("intervention", "value")``                                 ``[*B, C]``
     writes   ``("intervention", "before")``: what ``at`` held              ``[*B, C]``
     writes   ``at``                                                        ``[*B, C]``
     =======  ============================================================  =================
+
+    Where the value is NaN (a label that is not known) a concept keeps its prediction, and the mask is False. With
+    ``sequential`` the stages are ``"value"``, ``"greedy"`` (a :class:`~tdconcepts.interventions.GreedyStage`, which
+    writes ``("intervention", "order")`` too) and ``"replace"``.
 
     Args:
         policy: scores the concepts: a policy, a TensorDictModule that writes ``("intervention", "score")``, or a
             callable ``(concepts, td) -> score``.
         strategy: what to write: a strategy, a TensorDictModule that writes ``("intervention", "value")``, or a callable
             ``(concepts, td) -> value`` (the concepts are detached: no gradient comes back through what it computes).
-        at: the entry of the concepts, or a :class:`~tdconcepts.interventions.stages.Splice` that says more.
-        fraction: ``round(fraction * n)`` of the n candidates are replaced. Default, without ``k``: all.
-        k: the number of concepts to replace, instead of ``fraction``.
-        among: the candidates, by name or index. Default: all.
+        at: the entry of the concepts, or a :class:`~tdconcepts.interventions.Splice` that says more.
+        sequential: whether concepts are replaced one at a time, and scored anew after each.
         straight_through: whether a replaced prediction gets the gradient of the value that replaced it.
+        select: how many, and of which: see :class:`~tdconcepts.interventions.Selection`.
 
     Raises:
         BadType: for a bare ``nn.Module``, a class where an instance is needed, or anything that can't be called.
         BadKey: for a module that does not write the score or value, and an unknown name in ``among``.
-        BadValue: see :class:`~tdconcepts.interventions.selection.SelectStage`.
+        BadValue: see :class:`~tdconcepts.interventions.SelectStage`.
 
     Examples:
         >>> import torch
@@ -61,26 +71,43 @@ class InterventionPipeline(TensorDictSequential):
         [[0.8999999761581421, 1.0], [1.0, 0.10000000149011612]]
     """
 
+    is_sequence = True  # its stages may be taken apart, although it has a forward of its own
+
     def __init__(
         self,
         policy: Step,
         strategy: Step,
         at: NestedKey | Splice = "concepts",
         *,
-        fraction: float | None = None,
-        k: int | None = None,
-        among: Sequence[str | int] | None = None,
+        sequential: bool = False,
         straight_through: bool = False,
+        **select: Unpack[Selection],
     ) -> None:
         splice = at if isinstance(at, Splice) else Splice(as_key(at))
-        super().__init__(
-            OrderedDict(
-                score=_bound(policy, "score", splice),
-                select=SelectStage(splice, fraction=fraction, k=k, among=among),
-                value=_bound(strategy, "value", splice),
-                replace=ReplaceStage(splice, straight_through=straight_through),
-            )
-        )
+        value, score = _bound(strategy, "value", splice), _bound(policy, "score", splice)
+        chooser = SelectStage(splice, missing=getattr(value, "misses", True), **select)
+        temperature = getattr(score, "temperature", None)
+        replace = ReplaceStage(splice, straight_through=straight_through, temperature=temperature)
+        middle = {"greedy": GreedyStage(score, chooser, splice)} if sequential else {"score": score, "select": chooser}
+        super().__init__(OrderedDict(value=value, **middle, replace=replace))
+
+    @property
+    def concepts(self) -> Splice:
+        """What is known about the concepts."""
+        return cast(Splice, self["replace"].concepts)
+
+    @property
+    def space(self) -> str | None:
+        """What the entry holds, where it is known."""
+        return self.concepts.space
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the stages: in one go where all are ours, nothing hangs on them, and nothing special is asked for."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
+            stages = tuple(self.module._modules.values())
+            if not (self._select_before_return or self.inplace is not None or skip_existing()) and _is_ours(stages):
+                return _in_one_go(args[0], *stages)
+        return super().forward(*args, **kwargs)
 
     def select_subsequence(
         self, in_keys: Iterable[NestedKey] | None = None, out_keys: Iterable[NestedKey] | None = None
@@ -89,77 +116,48 @@ class InterventionPipeline(TensorDictSequential):
         return TensorDictSequential(OrderedDict(self.module.items())).select_subsequence(in_keys, out_keys)
 
 
-def intervene(
-    model: TensorDictModuleBase,
-    at: NestedKey = "concepts",
-    *,
-    policy: Step | None = None,
-    strategy: Step,
-    fraction: float | None = None,
-    k: int | None = None,
-    among: Sequence[str | int] | None = None,
-    quantile: float | None = None,
-    straight_through: bool = False,
-    concepts: Any = None,
-    out_key: NestedKey = INTERVENTION,
-) -> TensorDictSequential:
-    """A new pipeline that runs ``model`` with an intervention right after the stage that writes ``at``.
+def _is_ours(stages: tuple[Any, ...]) -> bool:
+    """Whether the stages are four of this package, with nothing on them that a run in one go would pass by."""
+    if len(stages) != len(_KINDS):
+        return False
+    for stage, kind in zip(stages, _KINDS, strict=True):
+        if type(stage).forward is not kind.forward or stage._forward_hooks or stage._forward_pre_hooks:
+            return False
+    return True
 
-    The model is untouched, and its stages (with their parameters) are shared, not copied. A model that ends in a
-    distribution stays a :class:`ProbabilisticTensorDictSequential` with ``get_dist``, so an actor stays an actor. An
-    entry that the model only reads, such as an observation, can be intervened on too: then the intervention runs first.
-    Interventions nest; those that follow each other on one entry write their score, mask, value and before over those
-    of the first, unless given another ``out_key``.
 
-    Args:
-        model: a TensorDictSequential, or a TensorDictModule with ``at`` among its keys.
-        at: the entry of the concepts, ``[*B, C]``.
-        policy: as in :class:`InterventionPipeline`. Default: :class:`UniformPolicy`.
-        strategy: as in :class:`InterventionPipeline`.
-        fraction: the share of the candidates to replace, in [0, 1]. Default, without ``k``: all.
-        k: their number instead.
-        among: the candidates, by name or index. Default: all.
-        quantile: another word for ``fraction``, for people from PyC; here it is one.
-        straight_through: whether a replaced prediction gets the gradient of the value that replaced it.
-        concepts: a :class:`~tdconcepts.ConceptSpec`, or the names of binary concepts. Default: what the model declares.
-        out_key: the first name of the entries that are written.
+_KINDS: tuple[Any, ...] = (ConceptStage, ConceptStage, SelectStage, ReplaceStage)
 
-    Raises:
-        BadType: for a bare ``nn.Module``, as model, policy or strategy.
-        BadKey: for an entry that the model does not know, an unknown name in ``among``, an ``out_key`` that clashes.
-        BadValue: for a number out of range, and where the change would reach no later stage.
 
-    Examples:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from tensordict.nn import TensorDictModule as Mod
-        >>> from tdconcepts.interventions import GroundTruth, UncertaintyPolicy
-        >>> head = Mod(nn.Linear(3, 2), ["concepts"], ["logits"])
-        >>> model = TensorDictSequential(Mod(nn.Sigmoid(), ["x"], ["concepts"]), head)
-        >>> fixed = intervene(model, at="concepts", policy=UncertaintyPolicy(), strategy=GroundTruth("labels"), k=1)
-        >>> td = fixed(TensorDict({"x": torch.tensor([[0.1, 2.0, -2.0]]), "labels": torch.tensor([[1, 1, 0]])}, [1]))
-        >>> td["concepts"].round(decimals=2), td["intervention", "mask"]
-        (tensor([[1.0000, 0.8800, 0.1200]]), tensor([[ True, False, False]]))
-    """
-    at = as_key(at)
-    if fraction is not None and quantile is not None:
-        raise BadValue("how many is said twice", got=f"fraction={fraction!r} and quantile={quantile!r}", needed="one")
-    selected = _selected(check_module(model))
-    plain = model if selected is None else _unselected(model)
-    before, after = _cut(plain, at)
-    splice = Splice(at, tuple(after), **_described(concepts, before, model), out_key=out_key)
-    pipeline = InterventionPipeline(
-        UniformPolicy() if policy is None else policy,
-        strategy,
-        splice,
-        fraction=quantile if fraction is None else fraction,
-        k=k,
-        among=among,
-        straight_through=straight_through,
-    )
-    check_writable(pipeline.out_keys, [*model.in_keys, *plain.out_keys])
-    result = _rebuilt(plain, before, pipeline, after)
-    return result if selected is None else result.select_out_keys(*selected, *(k for k in pipeline.out_keys if k != at))
+def _in_one_go(
+    tensordict: TensorDictBase, value: ConceptStage, score: ConceptStage, select: SelectStage, replace: ReplaceStage
+) -> TensorDictBase:
+    """What the four stages do one after the other: the same entries, without the way in and out of each stage."""
+    at, mask_key, value_key, before_key, score_key = replace.keys
+    concepts = read_block(tensordict, at)
+    check_unlocked(tensordict, at)
+    plain = concepts.detach()
+    new = value.compute(plain, tensordict)
+    known = known_places(new) if select.missing else None
+    if score.fixed and select.is_exact and known is None:  # one row says it for all
+        ranks = score.compute(plain.new_zeros(plain.shape[-1:]), tensordict)
+        mask = select.mask(ranks).expand(plain.shape)
+        ranks = ranks.expand(plain.shape)
+    else:
+        source = tensordict
+        if value_key in score.in_keys:
+            source = tensordict.copy().set(value_key, new)
+        ranks = score.compute(plain, source)
+        mask = select.mask(ranks, select.read(tensordict), known)
+    result = replace.replaced(concepts, mask, new, ranks)
+    entries = {value_key: new, score_key: ranks, mask_key: mask, before_key: concepts}
+    if tensordict.get(value_key[:-1], None) is None:  # one group at once costs half of four entries in it
+        group = {key[-1]: entry for key, entry in entries.items()}
+        tensordict.set(value_key[:-1], TensorDict(group, tensordict.batch_size, device=tensordict.device))
+    else:
+        for key, entry in entries.items():
+            tensordict.set(key, entry)
+    return tensordict.set(at, result)
 
 
 def _bound(step: Any, name: str, splice: Splice) -> TensorDictModuleBase:
@@ -184,68 +182,3 @@ def _bound(step: Any, name: str, splice: Splice) -> TensorDictModuleBase:
             f"{what} has no keys", got=f"{type(step).__name__}", needed="a TensorDictModule or a function", fix=fix
         )
     return CallableStage(step, name).bind(splice)
-
-
-def _cut(model: TensorDictModuleBase, at: NestedKey) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
-    """The stages before and after the intervention; refuses a place where it would change nothing."""
-    if at in model.in_keys and at not in model.out_keys:
-        before, after = cut(model, list(model.out_keys)[-1])
-        return [], before + after
-    before, after = cut(model, at)
-    writer = before[-1]
-    is_read = any(at in stage.in_keys for stage in after)
-    if not is_read and (after or list(writer.out_keys) != [at]):
-        raise BadValue(
-            f"no stage reads {key_text(at)} after it is written: an intervention there would change nothing",
-            got=f"{type(writer).__name__} with in_keys {list(writer.in_keys)}, out_keys {list(writer.out_keys)}",
-            needed="a TensorDictSequential with the writer and the readers as stages of their own",
-            fix="select keys, hang hooks and set partial_tolerant on the whole, not on a nested sequential",
-        )
-    return before, after
-
-
-def _described(concepts: Any, before: Sequence[TensorDictModuleBase], model: nn.Module) -> dict[str, Any]:
-    """Names, cardinalities and space: as given, or as declared by the stage that writes the entry, or by the model."""
-    for holder in (before[-1] if before else None, model):
-        found = getattr(holder, "concepts", None)
-        if isinstance(getattr(found, "cardinalities", None), tuple):
-            break
-    else:
-        holder, found = None, None
-    given = found if concepts is None else concepts
-    if isinstance(given, (list, tuple)):
-        names: Any = tuple(given)
-        cardinalities: Any = (1,) * len(names)
-    else:
-        names, cardinalities = getattr(given, "names", None), getattr(given, "cardinalities", None)
-    if concepts is not None and not (isinstance(names, tuple) and isinstance(cardinalities, tuple)):
-        raise BadType("not a description of concepts", got=repr(concepts), needed="a ConceptSpec or a list of names")
-    return {"names": names, "cardinalities": cardinalities, "space": getattr(holder, "space", None)}
-
-
-def _rebuilt(
-    model: TensorDictModuleBase,
-    before: list[TensorDictModuleBase],
-    pipeline: InterventionPipeline,
-    after: list[TensorDictModuleBase],
-) -> TensorDictSequential:
-    """The stages as one pipeline of the model's kind, under their names where they have some."""
-    held = getattr(model, "module", None)
-    names = {id(m): name for name, m in held.items()} if isinstance(held, nn.ModuleDict) else {}
-    stages: list[TensorDictModuleBase] = [*before, pipeline, *after]
-    named = OrderedDict((names.get(id(s), f"intervention_{len(before)}"), s) for s in stages)
-    arguments: tuple[Any, ...] = (named,) if len(named) == len(stages) and names else tuple(stages)
-    if isinstance(model, ProbabilisticTensorDictSequential):
-        return ProbabilisticTensorDictSequential(*arguments, return_composite=model.return_composite)
-    return TensorDictSequential(*arguments)
-
-
-def _selected(model: TensorDictModuleBase) -> list[NestedKey] | None:
-    return list(model.out_keys) if getattr(model, "_select_before_return", False) else None
-
-
-def _unselected(model: TensorDictModuleBase) -> TensorDictModuleBase:
-    """A shallow copy that writes all its keys; the stages are the same objects."""
-    plain = copy.copy(model)
-    plain._select_before_return = False
-    return plain.reset_out_keys()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictSequential
-from torch import Tensor
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 
-from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks.pullback import Pullback
-from tdconcepts.hooks.sites import Site
-from tdconcepts.hooks.targets import Target
-from tdconcepts.interventions.stages import ConceptStage, Splice
-from tdconcepts.keys import GRADIENT, NestedKey, as_key, join, key_text
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.interventions.draws import check_generator
+from tdconcepts.interventions.stages import ConceptStage, Splice, read_block
+from tdconcepts.keys import NestedKey, as_keys
 
-__all__ = ["GradientPolicy", "RandomPolicy", "UncertaintyPolicy", "UniformPolicy"]
+__all__ = ["LearnedPolicy", "OrderPolicy", "RandomPolicy", "UncertaintyPolicy", "UniformPolicy"]
 
 
 class UniformPolicy(ConceptStage):
@@ -36,9 +34,65 @@ class UniformPolicy(ConceptStage):
     """
 
     writes = "score"
+    fixed = True
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         return torch.zeros_like(concepts)
+
+
+class OrderPolicy(ConceptStage):
+    """Replaces the concepts in one order for all rows, such as one that was learned from data or asked of an expert.
+
+    ``score = n - position`` for n concepts in the order; those that are not named score 0 and come last, by index.
+
+    =======  ============================================  ===========
+    reads    ``"concepts"``, or what it is bound to        ``[*B, C]``
+    writes   ``("intervention", "score")``                 ``[*B, C]``
+    =======  ============================================  ===========
+
+    Args:
+        order: concepts, by name or index, those to be replaced first in front.
+
+    Raises:
+        BadKey: for an unknown name, with the nearest ones.
+        BadValue: for an empty order, a concept that is there twice, an index out of range.
+
+    Examples:
+        >>> OrderPolicy([2, 0])(concepts=torch.zeros(4)).tolist()
+        [1.0, 0.0, 2.0, 0.0]
+    """
+
+    writes = "score"
+    fixed = True
+
+    def __init__(self, order: Sequence[str | int]) -> None:
+        listed = list(order) if isinstance(order, (Sequence, range)) and not isinstance(order, str) else []
+        if not listed or not all(isinstance(item, str) or type(item) is int for item in listed):
+            raise BadValue("not an order", got=repr(order), needed='names or indices: ["wing", "beak"] or [3, 0]')
+        if len(set(listed)) < len(listed):
+            raise BadValue("a concept is in the order twice", got=repr(listed), needed="each once")
+        self.order = listed
+        super().__init__()
+
+    def bind(self, splice: Splice) -> ConceptStage:
+        names = splice.names or ()
+        unknown = [item for item in self.order if isinstance(item, str) and item not in names]
+        if unknown:
+            fix = None if names else "pass concepts=ConceptSpec(names), or indices"
+            raise BadKey(f"no concept {unknown[0]!r}", got=repr(unknown), needed=nearest(unknown[0], names), fix=fix)
+        return super().bind(splice)
+
+    def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
+        names, owner = self.splice.names or (), self.splice.owner
+        count = concepts.shape[-1] if owner is None else owner[-1] + 1
+        row = [0.0] * count
+        for position, item in enumerate(self.order):
+            index = names.index(item) if isinstance(item, str) else item
+            if not 0 <= index < count:
+                raise BadValue("a concept of the order is out of range", got=index, needed=f"0 to {count - 1}")
+            row[index] = float(len(self.order) - position)
+        columns = row if owner is None else [row[i] for i in owner]
+        return torch.tensor(columns, dtype=concepts.dtype, device=concepts.device).expand(concepts.shape)
 
 
 class RandomPolicy(ConceptStage):
@@ -63,11 +117,8 @@ class RandomPolicy(ConceptStage):
     writes = "score"
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
-        if not (generator is None or isinstance(generator, torch.Generator)):
-            needed = "a torch.Generator or None"
-            raise BadType("not a generator", got=repr(generator), needed=needed, fix="torch.Generator().manual_seed(0)")
         super().__init__()
-        self.generator = generator
+        self.generator = check_generator(generator)
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         owner = self.splice.owner
@@ -79,9 +130,11 @@ class RandomPolicy(ConceptStage):
 
 
 class UncertaintyPolicy(ConceptStage):
-    """Scores a binary concept by how near its prediction is to undecided: the least certain are replaced first.
+    r"""Scores a concept by how undecided its prediction is: the least certain are replaced first.
 
-    ``score = -|concept - center|``
+    By ``measure="distance"``, :math:`-|c - center|`; by ``measure="entropy"``, the entropy as a share of the largest
+    possible one, :math:`-\sum_v p_v \log p_v / \log n` (of ``p, 1 - p`` for a binary concept), so that concepts of
+    any number of states can be compared.
 
     =======  ============================================  ===========
     reads    ``"concepts"``, or what it is bound to        ``[*B, C]``
@@ -89,136 +142,134 @@ class UncertaintyPolicy(ConceptStage):
     =======  ============================================  ===========
 
     Args:
-        center: the undecided value. Default: 0.5, or 0 where the model says that the entry holds logits.
+        center: the undecided value, for the distance. Default: 0.5, or 0 where the model says that the entry holds
+            logits.
+        measure: ``"distance"`` or ``"entropy"``. Default: the entropy where a concept is categorical, else the
+            distance. A continuous concept has no entropy: its score is minus infinity.
 
     Raises:
-        BadValue: when bound to categorical concepts.
+        BadValue: for an unknown measure, and for the distance where a concept is categorical.
+
+    Source: Shin et al., A Closer Look at the Intervention Procedure of Concept Bottleneck Models, ICML 2023 (UCP).
 
     Examples:
         >>> UncertaintyPolicy()(concepts=torch.tensor([0.5, 0.75])).tolist()
         [-0.0, -0.25]
+        >>> UncertaintyPolicy(measure="entropy")(concepts=torch.tensor([0.5, 1.0]))
+        tensor([1., 0.])
     """
 
     writes = "score"
 
-    def __init__(self, center: float | None = None) -> None:
+    def __init__(self, center: float | None = None, *, measure: Literal["distance", "entropy"] | None = None) -> None:
         if not (center is None or type(center) in (int, float)):
             raise BadType("not a center", got=repr(center), needed="a number: 0.5 for probabilities, 0 for logits")
+        if measure not in (None, "distance", "entropy"):
+            raise BadValue("not a measure", got=repr(measure), needed='"distance" or "entropy"')
+        if center is not None and measure == "entropy":
+            raise BadValue("the entropy has no center", got=f"center={center!r}", needed='measure="distance"')
         super().__init__()
-        self.center = center
+        self.center, self.measure = center, measure
 
     def bind(self, splice: Splice) -> ConceptStage:
-        if splice.owner is not None:
+        if splice.owner is not None and (self.center is not None or self.measure == "distance"):
             many = [n for n in splice.cardinalities or () if n > 1]
-            needed, fix = "binary concepts", "write the entropy as a callable policy, (concepts, td) -> score"
+            needed, fix = "binary concepts", 'UncertaintyPolicy(measure="entropy")'
             raise BadValue("the distance to a center scores binary concepts", got=f"{many}", needed=needed, fix=fix)
         return super().bind(splice)
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
+        if self.measure == "entropy" or self.splice.owner is not None:
+            return self._entropy(concepts)
         undecided = 0.0 if self.splice.space == "logits" else 0.5
         return (concepts - (undecided if self.center is None else self.center)).abs_().neg_()
 
+    def _entropy(self, concepts: Tensor) -> Tensor:
+        sizes = self.splice.cardinalities or (1,) * concepts.shape[-1]
+        is_logits, parts = self.splice.space == "logits", []
+        for part, n in _runs(concepts, sizes):
+            if n == 1:
+                p = part.sigmoid() if is_logits else part
+                parts.append((torch.special.entr(p) + torch.special.entr(1 - p)) / math.log(2))
+            else:
+                p = part.softmax(-1) if is_logits else part
+                share = torch.special.entr(p).sum(-1, keepdim=True) / math.log(n)
+                parts.append(share.expand(part.shape).flatten(-2))
+        score = torch.cat(parts, dim=-1)
+        if self.splice.continuous is None:
+            return score
+        return score.masked_fill(torch.tensor(self.splice.continuous, device=score.device), -torch.inf)
 
-class GradientPolicy(ConceptStage):
-    """Scores a concept by its influence: the most influential are replaced first.
 
-    ``score = |d target / d concept|``, each row by itself, at the predicted concepts.
+class LearnedPolicy(ConceptStage):
+    """Scores concepts by a network that learns which ones to ask for.
 
-    =======  =======================================================  ===========
-    reads    ``"concepts"``, or what it is bound to                   ``[*B, C]``
-    reads    with a target: what the later stages read                as they do
-    reads    without: ``("gradient", "concepts")``, or ``key``        ``[*B, C]``
-    writes   ``("intervention", "score")``                            ``[*B, C]``
-    =======  =======================================================  ===========
+    ``score = scorer(concepts, ...)``. The score keeps its graph: a loss on ``("intervention", "score")`` trains the
+    scorer (to imitate a greedy oracle, say). With a ``temperature`` a loss behind the intervention trains it as well,
+    through :class:`~tdconcepts.interventions.ReplaceStage`. The concepts themselves are detached.
 
-    With a target, the gradient is taken through the stages that follow in the pipeline (only those that the target
-    needs: no action is sampled). Without one, it is read from an entry that an earlier stage wrote. Without either, it
-    is an error, unless ``fallback="uniform"``, which then scores as :class:`UniformPolicy`.
-
-    The later stages run twice then, for the gradient and for the model: a capture inside them says which call it means,
-    ``Site("head", call=-1)``.
+    =======  ============================================  =======================
+    reads    ``"concepts"``, or what it is bound to        ``[*B, C]``
+    reads    ``in_keys``                                   as the scorer does
+    writes   ``("intervention", "score")``                 ``[*B, C]`` or ``[*B, K]``
+    =======  ============================================  =======================
 
     Args:
-        target: a :class:`~tdconcepts.Target` with one value for each row, in terms of a later entry.
-        key: where to read gradients, when there is no target.
-        fallback: ``"uniform"``, or None (default): without gradients there is no score.
+        scorer: a network from the concepts, and the entries of ``in_keys`` after them, to a score for each column
+            ``[*B, C]``, or for each concept ``[*B, K]``.
+        in_keys: further entries that it is given, one key or a list.
+        temperature: how sharp the choice is for the gradient, in units of the score. Default: no such gradient.
 
     Raises:
-        BadKey: without a target, when the gradients are missing.
-        BadValue: for a target and a key at once, gradients of another shape than the concepts, or a target that was
-            never bound to later stages.
+        BadType: for a scorer that can't be called. BadValue: for a temperature that is not above zero, and a score of
+            another shape. BadKey: for an entry that is missing.
+
+    Source: the straight-through estimator of a choice by softmax: Jang et al., ICLR 2017; learned policies: Espinosa
+    Zarlenga et al., Learning to Receive Help, NeurIPS 2023.
 
     Examples:
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict({"concepts": torch.zeros(2), ("gradient", "concepts"): torch.tensor([-3.0, 1.0])})
-        >>> GradientPolicy()(td)["intervention", "score"].tolist()
-        [3.0, 1.0]
+        >>> policy = LearnedPolicy(nn.Linear(3, 3), temperature=1.0)
+        >>> policy(concepts=torch.zeros(2, 3)).requires_grad
+        True
     """
 
     writes = "score"
 
     def __init__(
         self,
-        target: Target | None = None,
-        key: NestedKey | None = None,
-        fallback: Literal["uniform"] | None = None,
+        scorer: nn.Module,
+        in_keys: NestedKey | list[NestedKey] | None = None,
+        *,
+        temperature: float | None = None,
     ) -> None:
-        if target is not None and not isinstance(target, Target):
-            raise BadType("not a target", got=repr(target), needed="a Target", fix='Target("logits", "argmax")')
-        if target is not None and key is not None:
-            raise BadValue("two sources of gradients", got=f"{target!r} and key={key!r}", needed="one of them")
-        if fallback not in (None, "uniform"):
-            raise BadValue("not a fallback", got=repr(fallback), needed='"uniform" or None')
-        self.target, self.fallback = target, fallback
-        self.key = None if key is None else as_key(key)
-        self._source: tuple[Any, ...] = ()
+        if isinstance(scorer, type) or not callable(scorer):
+            raise BadType("not a scorer", got=repr(scorer), needed="a network from the concepts to their scores")
+        if not (temperature is None or (type(temperature) in (int, float) and temperature > 0)):
+            raise BadValue("not a temperature", got=repr(temperature), needed="a number above 0, or None")
+        self._more = [] if in_keys is None else as_keys(in_keys)
         super().__init__()
-
-    def bind(self, splice: Splice) -> ConceptStage:
-        bound = cast(GradientPolicy, super().bind(splice))
-        if self.target is not None:
-            if isinstance(self.target.of, Site):
-                needed, fix = "an entry that a later stage writes", 'Target("logits", ...)'
-                raise BadValue("a policy's target is an entry", got=repr(self.target.of), needed=needed, fix=fix)
-            rest = TensorDictSequential(*splice.rest)
-            # In a tuple, so that the stages are not registered twice: they belong to the pipeline.
-            bound._source = (Pullback(rest, self.target, wrt=splice.at),)
-            bound.in_keys = [splice.at, *(k for k in bound._source[0].in_keys if k != splice.at)]
-        return bound
+        self.scorer, self.temperature = scorer, temperature
 
     def reads(self, splice: Splice) -> list[NestedKey]:
-        return [self._key(splice)] if self.target is None else []
+        return self._more
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
-        if self.target is None:
-            gradient = tensordict.get(self._key(self.splice), None)
-        elif self._source:
-            (gradient,) = self._source[0].gradients(_with_batch(tensordict, self._source[0].in_keys, concepts))
+        score = self.scorer(concepts, *(read_block(tensordict, key) for key in self._more))
+        owner = self.splice.owner
+        if owner is not None and score.shape == (*concepts.shape[:-1], owner[-1] + 1):
+            score = score[..., list(owner)]
+        if score.shape != concepts.shape:
+            raise BadValue("the scorer gave another shape", got=list(score.shape), needed=list(concepts.shape))
+        return score
+
+
+def _runs(concepts: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, int]]:
+    """Neighbouring concepts of one cardinality n together: ``[*B, m]`` for n = 1, else ``[*B, m, n]``."""
+    runs: list[list[int]] = []
+    for n in sizes:
+        if runs and runs[-1][0] == n:
+            runs[-1][1] += 1
         else:
-            fix = "intervene(model, at=..., policy=GradientPolicy(target), ...) binds it to the later stages"
-            raise BadValue("this policy is not part of a pipeline", got=repr(self.target), fix=fix)
-        if gradient is None and self.fallback == "uniform":
-            return torch.zeros_like(concepts)
-        if gradient is None:
-            raise BadKey(
-                "no gradients to score by",
-                got=f"no entry {key_text(self._key(self.splice))} and no target",
-                needed="one of them",
-                fix='GradientPolicy(Target("logits", "argmax")), or fallback="uniform" to score all alike',
-            )
-        if gradient.shape != concepts.shape:
-            needed = f"{list(concepts.shape)}: one target for each row"
-            raise BadValue("the gradient has another shape", got=list(gradient.shape), needed=needed)
-        return gradient.detach().abs()
-
-    def _key(self, splice: Splice) -> NestedKey:
-        return join(GRADIENT, splice.at) if self.key is None else self.key
-
-
-def _with_batch(tensordict: TensorDictBase, keys: Sequence[NestedKey], concepts: Tensor) -> TensorDictBase:
-    """``tensordict`` itself, or what tensors that were passed without a batch size (by dispatch) would be with one."""
-    batch = concepts.shape[:-1]
-    entries = {key: tensordict.get(key, None) for key in keys}
-    if tensordict.batch_dims or not batch or any(e is None or e.shape[: len(batch)] != batch for e in entries.values()):
-        return tensordict
-    return TensorDict(entries, batch)
+            runs.append([n, 1])
+    parts = concepts.split([n * count for n, count in runs], dim=-1)
+    return [(p if n == 1 else p.unflatten(-1, (count, n)), n) for p, (n, count) in zip(parts, runs, strict=True)]

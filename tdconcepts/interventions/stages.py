@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from tensordict import TensorDictBase
@@ -13,22 +13,35 @@ from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks import Site
 from tdconcepts.keys import INTERVENTION, NestedKey, as_key, join, key_text
 
-__all__ = ["CallableStage", "ConceptStage", "ReplaceStage", "Splice", "read_block", "write"]
+__all__ = ["CallableStage", "ConceptStage", "ReplaceStage", "Splice", "check_unlocked", "read_block", "write"]
 
 
-@dataclasses.dataclass(frozen=True)
+class _About(TypedDict, total=False):
+    """What may be known about the concepts."""
+
+    names: tuple[str, ...] | None
+    cardinalities: tuple[int, ...] | None
+    kinds: tuple[str, ...] | None
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True, init=False)
 class Splice:
     """Where an intervention sits in a pipeline: what a policy or a strategy is bound to.
 
     Args:
         at: the entry with the concepts, ``[*B, C]``.
         rest: the stages that run after the one that writes ``at``.
-        names: the names of the concepts, where they are known.
-        cardinalities: columns of each concept, where they are known: 1 for binary, n for n states.
-        space: what the entry holds, ``"probs"`` or ``"logits"``, where it is known.
+        space: what the entry holds, ``"probs"``, ``"logits"``, ``"onehot"`` or ``"continuous"``, where it is known.
         out_key: the first name of the entries that the intervention writes.
+        before: the stages up to the one that writes ``at``.
+        site: where the concepts are an activation inside a module; ``rest`` is then the whole model.
+        about: where they are known, the ``names`` of the concepts; their ``cardinalities``, 1 for binary, n for n
+            states; their ``kinds``, ``"binary"``, ``"categorical"`` or ``"continuous"``; and ``groups``, names for sets
+            of concepts, ``(("head", ("beak", "eye")),)``.
 
     Examples:
         >>> splice = Splice("concepts", names=("wing", "colour"), cardinalities=(1, 3))
@@ -36,15 +49,67 @@ class Splice:
         (('intervention', 'score'), 4, (0, 1, 1, 1))
     """
 
-    at: NestedKey = "concepts"
-    rest: tuple[TensorDictModuleBase, ...] = ()
-    names: tuple[str, ...] | None = None
-    cardinalities: tuple[int, ...] | None = None
-    space: str | None = None
-    out_key: NestedKey = INTERVENTION
+    at: NestedKey
+    rest: tuple[TensorDictModuleBase, ...]
+    space: str | None
+    out_key: NestedKey
+    before: tuple[TensorDictModuleBase, ...]
+    site: Site | None
+    names: tuple[str, ...] | None
+    cardinalities: tuple[int, ...] | None
+    kinds: tuple[str, ...] | None
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "at", as_key(self.at))
+    def __init__(
+        self,
+        at: NestedKey = "concepts",
+        rest: tuple[TensorDictModuleBase, ...] = (),
+        *,
+        space: str | None = None,
+        out_key: NestedKey = INTERVENTION,
+        before: tuple[TensorDictModuleBase, ...] = (),
+        site: Site | None = None,
+        **about: Unpack[_About],
+    ) -> None:
+        sizes, kinds = about.get("cardinalities"), about.get("kinds")
+        owner = tuple(i for i, n in enumerate(sizes or ()) for _ in range(n))
+        mixed = "continuous" in (kinds or ()) and len(kinds or ()) == len(sizes or ())
+        fields = {
+            "at": as_key(at),
+            "rest": rest,
+            "space": space,
+            "out_key": out_key,
+            "before": before,
+            "site": site,
+            "names": about.get("names"),
+            "cardinalities": sizes,
+            "kinds": kinds,
+            "groups": about.get("groups") or (),
+            "_owner": owner if len(owner) > len(sizes or ()) else None,  # asked at every call
+            "_continuous": tuple((kinds or ())[i] == "continuous" for i in owner) if mixed else None,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def described(cls, at: NestedKey, concepts: Any, space: str | None = None, **more: Any) -> Splice:
+        """The splice at ``at`` with what ``concepts`` says: a ConceptSpec, a list of names of binary concepts, or None.
+
+        Raises:
+            BadType: for a description that is none.
+        """
+        if isinstance(concepts, (list, tuple)):
+            names: Any = tuple(concepts)
+            cardinalities: Any = (1,) * len(names)
+        else:
+            names, cardinalities = getattr(concepts, "names", None), getattr(concepts, "cardinalities", None)
+        if concepts is not None and not (isinstance(names, tuple) and isinstance(cardinalities, tuple)):
+            needed = "a ConceptSpec or a list of names"
+            raise BadType("not a description of concepts", got=repr(concepts), needed=needed)
+        groups = getattr(concepts, "groups", ())
+        groups = tuple((k, tuple(v)) for k, v in (groups.items() if isinstance(groups, Mapping) else groups))
+        kinds = getattr(concepts, "kinds", None) or None
+        return cls(at, names=names, cardinalities=cardinalities, space=space, kinds=kinds, groups=groups, **more)
 
     def key(self, name: str) -> tuple[str, ...]:
         """The entry of one stage: ``("intervention", name)``."""
@@ -58,9 +123,16 @@ class Splice:
     @property
     def owner(self) -> tuple[int, ...] | None:
         """The concept of each column where a concept has several, else None: then column i is concept i."""
-        if self.cardinalities is None or all(n == 1 for n in self.cardinalities):
-            return None
-        return tuple(i for i, n in enumerate(self.cardinalities) for _ in range(n))
+        return self._owner  # type: ignore[attr-defined]
+
+    @property
+    def continuous(self) -> tuple[bool, ...] | None:
+        """For each column whether its concept is continuous, where one of them is, else None."""
+        return self._continuous  # type: ignore[attr-defined]
+
+    def bare(self) -> Splice:
+        """The same without the stages: those belong to the pipeline."""
+        return dataclasses.replace(self, rest=(), before=())
 
 
 class ConceptStage(TensorDictModuleBase):
@@ -73,7 +145,9 @@ class ConceptStage(TensorDictModuleBase):
 
     A subclass says what it :attr:`writes`, ``"score"`` (a policy: high = replaced first) or ``"value"`` (a strategy:
     what is written instead), computes it in :meth:`compute`, and names in :meth:`reads` what it needs besides. Built
-    without keys, it is bound to an entry by :meth:`bind`, which :func:`~tdconcepts.interventions.intervene` calls.
+    without keys, it is bound to an entry by :meth:`bind`, which :func:`~tdconcepts.interventions.intervene` calls. A
+    strategy that can write NaN, for "no value here", leaves :attr:`misses` on; a policy whose scores are the same for
+    every row and prediction says so by :attr:`fixed`, and is asked once.
 
     Examples:
         >>> class Largest(ConceptStage):
@@ -85,6 +159,8 @@ class ConceptStage(TensorDictModuleBase):
     """
 
     writes: ClassVar[str] = "score"
+    misses: bool = True
+    fixed: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +184,7 @@ class ConceptStage(TensorDictModuleBase):
         return bound
 
     def _place(self, splice: Splice) -> None:
-        self.splice = dataclasses.replace(splice, rest=())  # holds no modules: they belong to the pipeline
+        self.splice = splice.bare()
         self.in_keys = [splice.at, *(key for key in self.reads(splice) if key != splice.at)]
         self.out_keys = [splice.key(self.writes)]
         self._at, self._out = splice.at, self.out_keys[0]
@@ -159,6 +235,7 @@ class ReplaceStage(TensorDictModuleBase):
     reads    ``"concepts"``                                                      ``[*B, C]``
     reads    ``("intervention", "mask")``                                        ``[*B, C]``, bool
     reads    ``("intervention", "value")``                                       ``[*B, C]``
+    reads    ``("intervention", "score")``, with a ``temperature``               ``[*B, C]``
     writes   ``("intervention", "before")``: what was there                      ``[*B, C]``
     writes   ``"concepts"``, in the dtype that it had                            ``[*B, C]``
     =======  ==================================================================  =================
@@ -170,45 +247,80 @@ class ReplaceStage(TensorDictModuleBase):
     Args:
         splice: where the intervention sits.
         straight_through: whether replaced predictions get a gradient.
+        temperature: T, in units of the score. With it, a score gets the gradient of the expected concepts if one of
+            them were chosen by ``softmax(score / T)``: the result is the same, a policy can learn. Default: none.
 
     Raises:
         BadKey: when an entry is missing.
         BadValue: for a mask or value of another shape than the concepts.
         BadType: for a mask that is not bool.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict({"concepts": torch.tensor([0.9, 0.2])})
+        >>> td["intervention", "mask"] = torch.tensor([True, False])
+        >>> td["intervention", "value"] = torch.tensor([0.0, float("nan")])
+        >>> ReplaceStage(Splice("concepts"))(td)["concepts"]
+        tensor([0.0000, 0.2000])
     """
 
-    def __init__(self, splice: Splice, *, straight_through: bool = False) -> None:
+    def __init__(self, splice: Splice, *, straight_through: bool = False, temperature: float | None = None) -> None:
         super().__init__()
-        self.straight_through = straight_through
-        self.concepts = dataclasses.replace(splice, rest=())  # so that the next intervention here knows the names
-        self._keys = splice.at, splice.key("mask"), splice.key("value"), splice.key("before")
-        self.in_keys, self.out_keys = list(self._keys[:3]), [self._keys[3], splice.at]
+        self.straight_through, self.temperature = straight_through, temperature
+        self.concepts = splice.bare()  # so that the next intervention here knows the names
+        self.keys = splice.at, splice.key("mask"), splice.key("value"), splice.key("before"), splice.key("score")
+        self.in_keys, self.out_keys = list(self.keys[:3]), [self.keys[3], splice.at]
+        if temperature is not None:
+            self.in_keys.append(self.keys[4])
 
     @property
     def space(self) -> str | None:
         """What the entry holds, ``"probs"`` or ``"logits"``, where it is known."""
         return self.concepts.space
 
-    @dispatch(auto_batch_size=False)
-    @set_skip_existing(None)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        at, mask_key, value_key, before = self._keys
-        concepts = read_block(tensordict, at)
-        mask, value = read_block(tensordict, mask_key), read_block(tensordict, value_key)
+    def replaced(self, concepts: Tensor, mask: Tensor, value: Tensor, score: Tensor | None = None) -> Tensor:
+        """``concepts [*B, C]`` with the values where the mask is True."""
         if mask.dtype is not torch.bool:
-            raise BadType("a mask is bool", got=f"{key_text(mask_key)} of {mask.dtype}", needed="True where to replace")
+            got = f"{key_text(self.keys[1])} of {mask.dtype}"
+            raise BadType("a mask is bool", got=got, needed="True where to replace")
         if mask.shape != concepts.shape or value.shape != concepts.shape:
             raise BadValue(
                 "mask, value and concepts differ in shape",
                 got=f"mask {list(mask.shape)}, value {list(value.shape)}",
-                needed=f"{list(concepts.shape)}, as {key_text(at)}",
+                needed=f"{list(concepts.shape)}, as {key_text(self.keys[0])}",
             )
-        new = value.to(concepts)
+        new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)
         if self.straight_through:
             finite = concepts.nan_to_num(0.0, 0.0, 0.0)
             new = new + (finite - finite.detach())
+        result = torch.where(mask, new, concepts)
+        if self.temperature is not None and score is not None and score.requires_grad:
+            result = result + self._towards(
+                score, (new - concepts).detach().nan_to_num(0.0, 0.0, 0.0), self.temperature
+            )
+        return result
+
+    def _towards(self, score: Tensor, change: Tensor, temperature: float) -> Tensor:
+        """Zeros ``[*B, C]`` with the gradient of ``change * softmax(score / T)``; columns share a concept's weight."""
+        sizes, owner = self.concepts.cardinalities, self.concepts.owner
+        logits = score / temperature
+        if sizes is not None and owner is not None:
+            first = [sum(sizes[:i]) for i in range(len(sizes))]
+            weights = logits[..., first].softmax(-1)[..., list(owner)]
+        else:
+            weights = logits.softmax(-1)
+        return ((weights - weights.detach()) * change).to(change.dtype)
+
+    @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        at, mask_key, value_key, before, score_key = self.keys
+        concepts = read_block(tensordict, at)
+        mask, value = read_block(tensordict, mask_key), read_block(tensordict, value_key)
+        score = None if self.temperature is None else read_block(tensordict, score_key)
+        result = self.replaced(concepts, mask, value, score)
         write(tensordict, before, concepts)
-        return tensordict.set(at, torch.where(mask, new, concepts))
+        return tensordict.set(at, result)
 
 
 def read_block(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
@@ -237,7 +349,16 @@ def write(tensordict: TensorDictBase, key: NestedKey, value: Tensor) -> TensorDi
     Raises:
         BadValue: when the TensorDict is locked.
     """
+    check_unlocked(tensordict, key)
+    return tensordict.set(key, value)
+
+
+def check_unlocked(tensordict: TensorDictBase, key: NestedKey) -> None:
+    """Refuse to write to a locked TensorDict.
+
+    Raises:
+        BadValue: when it is locked.
+    """
     if tensordict.is_locked:
         fix = "pass td.copy(), which is shallow and not locked"
         raise BadValue("the TensorDict is locked", got=f"an entry {key_text(key)} to write", fix=fix)
-    return tensordict.set(key, value)

@@ -7,15 +7,15 @@ import pickle
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictSequential
 from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import TensorDictSequential
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks.sites import Site
-from tdconcepts.hooks.targets import Target
-from tdconcepts.interventions.pipeline import InterventionPipeline, intervene
-from tdconcepts.interventions.policies import GradientPolicy, RandomPolicy, UncertaintyPolicy, UniformPolicy
+from tdconcepts.interventions.influence import GradientPolicy
+from tdconcepts.interventions.pipeline import InterventionPipeline
+from tdconcepts.interventions.policies import LearnedPolicy, OrderPolicy, RandomPolicy, UncertaintyPolicy, UniformPolicy
+from tdconcepts.interventions.splicing import intervene
 from tdconcepts.interventions.stages import Splice
 from tdconcepts.interventions.strategies import Do
 
@@ -85,9 +85,128 @@ def test_a_nan_prediction_is_replaced_last():
     assert replaced(UncertaintyPolicy(), torch.tensor([math.nan, 0.99, 0.98]), 2) == [1, 2]
 
 
-def test_uncertainty_of_categorical_concepts_is_refused():
-    with pytest.raises(BadValue, match="entropy"):
-        UncertaintyPolicy().bind(GROUPED)
+def entropy(ps):
+    """In units of the largest possible one."""
+    ps = ps if len(ps) > 1 else [ps[0], 1 - ps[0]]
+    return -sum(p * math.log(p) for p in ps if p) / math.log(len(ps))
+
+
+@pytest.mark.parametrize("space", ["probs", "logits"])
+def test_the_entropy_compares_concepts_of_any_number_of_states(space):
+    probs = torch.tensor([[0.9, 0.2, 0.3, 0.5, 0.5], [0.3, 1.0, 0.0, 0.0, 0.99]], dtype=torch.float64)
+    rows = [[entropy([r[0]]), *[entropy(r[1:4])] * 3, entropy([r[4]])] for r in probs.tolist()]
+    splice = Splice(cardinalities=(1, 3, 1), space=space)
+    logits = probs.log() - (1 - probs).log() if space == "logits" else probs
+    if space == "logits":
+        logits[:, 1:4] = probs[:, 1:4].log()
+    expected = torch.tensor(rows, dtype=torch.float64)
+    for batch in ([2], [2, 1]):
+        got = score(UncertaintyPolicy().bind(splice), logits.reshape(*batch, 5)).reshape(2, 5)
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    ties = torch.tensor([0.5, 1 / 3, 1 / 3, 1 / 3, 0.5])
+    torch.testing.assert_close(score(UncertaintyPolicy().bind(GROUPED), ties), torch.ones(5))
+
+
+def test_the_entropy_of_binary_concepts_on_request():
+    concepts = torch.tensor([0.5, 0.9, 0.2])
+    expected = torch.tensor([entropy([p]) for p in concepts.tolist()])
+    torch.testing.assert_close(score(UncertaintyPolicy(measure="entropy"), concepts), expected)
+    mixed = Splice(cardinalities=(1, 1), kinds=("binary", "continuous"))
+    assert score(UncertaintyPolicy(measure="entropy").bind(mixed), torch.tensor([0.5, 7.0])).tolist() == [1, -math.inf]
+
+
+def test_the_distance_of_categorical_concepts_is_refused():
+    for policy in (UncertaintyPolicy(0.5), UncertaintyPolicy(measure="distance")):
+        with pytest.raises(BadValue, match="entropy"):
+            policy.bind(GROUPED)
+
+
+def test_an_order_by_names_and_indices():
+    named = Splice(names=("a", "b", "c"), cardinalities=(1, 3, 1))
+    for order in (["c", "a"], [2, 0], ["c", 0]):
+        got = score(OrderPolicy(order).bind(named), torch.rand(2, 5))
+        assert got.tolist() == [[1, 0, 0, 0, 2]] * 2
+    assert [replaced(OrderPolicy([3, 1]), torch.rand(4), k) for k in (1, 2, 3)] == [[3], [1, 3], [0, 1, 3]]
+
+
+def test_a_bad_order():
+    named = Splice(names=("wing", "beak"), cardinalities=(1, 1))
+    for order, error, text in (
+        ("wing", BadValue, "'wing'"),
+        ([], BadValue, r"\[\]"),
+        ([0, 0], BadValue, "twice"),
+        ([True], BadValue, "True"),
+    ):
+        with pytest.raises(error, match=text):
+            OrderPolicy(order)
+    with pytest.raises(BadKey, match="did you mean 'wing'"):
+        OrderPolicy(["wings"]).bind(named)
+    with pytest.raises(BadKey, match="ConceptSpec"):
+        OrderPolicy(["wing"]).bind(Splice())
+    with pytest.raises(BadValue, match="0 to 1"):
+        score(OrderPolicy([2]), torch.zeros(2))
+
+
+class Scorer(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Linear(width, out)
+
+    def forward(self, *given):
+        return self.net(torch.cat(given, -1))
+
+
+def test_a_learned_policy_reads_what_its_scorer_does():
+    policy = LearnedPolicy(Scorer(5 + 2, 5), ["x"])
+    concepts, x = torch.rand(3, 5), torch.rand(3, 2)
+    torch.testing.assert_close(score(policy, concepts, x=x), policy.scorer(concepts, x))
+    assert policy.in_keys == ["concepts", "x"]
+    whole = LearnedPolicy(Scorer(5, 3)).bind(GROUPED)  # a score for each concept
+    assert torch.equal(score(whole, concepts), whole.scorer(concepts)[:, [0, 1, 1, 1, 2]])
+
+
+def teachable(temperature):
+    """Only the third concept's correction lowers the loss; the policy has to find out."""
+    torch.manual_seed(0)
+    model = TensorDictSequential(
+        Mod(nn.Identity(), ["x"], ["concepts"]), Mod(lambda c: c[..., 2:3], ["concepts"], ["y"])
+    )
+    return intervene(model, policy=LearnedPolicy(Scorer(4, 4), temperature=temperature), strategy=Do(0.0), k=1)
+
+
+def test_a_learned_policy_learns_from_a_loss_behind_the_intervention():
+    fixed = teachable(1.0)
+    optimiser = torch.optim.Adam(fixed.parameters(), lr=0.1)
+    for _ in range(60):
+        optimiser.zero_grad()
+        fixed(TensorDict({"x": torch.rand(16, 4) + 0.5}, [16]))["y"].mean().backward()
+        optimiser.step()
+    td = fixed(TensorDict({"x": torch.rand(50, 4) + 0.5}, [50]))
+    assert td["intervention", "mask"].float().mean(0).tolist() == [0, 0, 1, 0]
+    assert not td["y"].any()
+
+
+def test_without_a_temperature_only_a_loss_on_the_score_teaches():
+    fixed = teachable(None)
+    td = fixed(TensorDict({"x": torch.rand(16, 4)}, [16]))
+    assert not td["y"].requires_grad
+    assert td["intervention", "score"].requires_grad
+
+
+def test_the_gradient_of_a_score_is_that_of_a_choice_by_softmax():
+    """d/ds sum_j softmax(s / T)_j (value - c)_j g_j, by hand; the value itself is that of the hard choice."""
+    fixed = teachable(0.5)
+    td = fixed(TensorDict({"x": torch.rand(3, 4, dtype=torch.float64)}, [3]).to(torch.float32))
+    s, c = td["intervention", "score"], td["intervention", "before"]
+    s.retain_grad()
+    td["y"].sum().backward()
+    w = (s.detach() / 0.5).softmax(-1)
+    change = torch.zeros(3, 4)
+    change[:, 2] = -c[:, 2]
+    expected = w * (change - (w * change).sum(-1, keepdim=True)) / 0.5
+    torch.testing.assert_close(s.grad, expected)
+    assert torch.equal(td["concepts"], torch.where(td["intervention", "mask"], 0.0, c))
 
 
 def test_random_is_reproducible_by_its_generator_and_leaves_the_global_one_alone():
@@ -122,148 +241,17 @@ def test_random_draws_once_for_each_categorical_concept():
     assert (td["concepts"].mean(0) - 1 / 3).abs().max() < 0.023
 
 
-def model(sample=False):
-    """concepts -> logits, bilinear in the concepts and a second input, so that each row has gradients of its own."""
-    torch.manual_seed(0)
-    parts = [
-        Mod(nn.Linear(6, 4), ["x"], ["concepts_logits"]),
-        Mod(nn.Sigmoid(), ["concepts_logits"], ["concepts"]),
-        Mod(nn.Bilinear(4, 6, 3), ["concepts", "x"], ["logits"]),
-    ]
-    if not sample:
-        return TensorDictSequential(*parts)
-    tail = ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=torch.distributions.Categorical)
-    return ProbabilisticTensorDictSequential(*parts, tail)
-
-
-@pytest.mark.parametrize("batch", [[], [5], [2, 3], [0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradient_is_the_influence_on_the_target_at_the_predictions(batch, dtype):
-    """Bilinear: d logits[i] / d concepts = W[i] x, by hand."""
-    net = model().to(dtype)
-    fixed = intervene(net, policy=GradientPolicy(Target("logits", 2)), strategy=Do(0.0), k=1)
-    x = torch.randn(*batch, 6, dtype=dtype)
-    td = fixed(TensorDict({"x": x}, batch))
-    expected = torch.einsum("cd,...d->...c", net[2].module.weight[2], x).abs()
-    torch.testing.assert_close(td["intervention", "score"], expected)
-    assert not td["intervention", "score"].requires_grad
-    if x.numel():
-        chosen = td["intervention", "mask"].float().argmax(-1)
-        assert torch.equal(chosen, expected.argmax(-1))  # the most influential is replaced
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_gradient_works_in_any_gradient_mode(mode):
-    net, x = model(), torch.randn(5, 6)
-    fixed = intervene(net, policy=GradientPolicy(Target("logits", "argmax")), strategy=Do(0.0), k=1)
-    best = net(x=x)[-1].argmax(-1)
-    expected = torch.einsum("bcd,bd->bc", net[2].module.weight[best], x).abs()
-    with mode():
-        td = fixed(TensorDict({"x": x}, [5]))
-    torch.testing.assert_close(td["intervention", "score"], expected)
-    assert all(p.grad is None for p in net.parameters())
-
-
-def test_gradient_of_the_logged_action():
-    net, x, action = model(), torch.randn(5, 6), torch.tensor([0, 1, 2, 1, 0])
-    fixed = intervene(net, policy=GradientPolicy(Target("logits", by="action")), strategy=Do(0.0), k=1)
-    assert "action" in fixed.in_keys
-    td = fixed(TensorDict({"x": x, "action": action}, [5]))
-    torch.testing.assert_close(
-        td["intervention", "score"], torch.einsum("bcd,bd->bc", net[2].module.weight[action], x).abs()
-    )
-
-
-def test_gradient_of_tensors_without_a_batch_size():
-    """Dispatch can't know how many dims are the batch: the concepts tell it."""
-    net, x, action = model(), torch.randn(5, 6), torch.tensor([0, 1, 2, 1, 0])
-    for target, entries in ((Target("logits", "argmax"), {}), (Target("logits", by="action"), {"action": action})):
-        fixed = intervene(net, policy=GradientPolicy(target), strategy=Do(0.0), k=1)
-        expected = fixed(TensorDict({"x": x, **entries}, [5]))
-        answers = dict(zip(fixed.out_keys, fixed(x=x, **entries), strict=True))
-        torch.testing.assert_close(answers["intervention", "score"], expected["intervention", "score"])
-
-
-def test_gradient_samples_no_action():
-    fixed = intervene(model(sample=True), policy=GradientPolicy(Target("logits", 0)), strategy=Do(0.0), k=0)
-    x = torch.randn(5, 6)
-    torch.manual_seed(3)
-    action = fixed(TensorDict({"x": x}, [5]))["action"]
-    torch.manual_seed(3)
-    assert torch.equal(action, model_action(x))
-
-
-def model_action(x):
-    state = torch.get_rng_state()
-    net = model(sample=True)
-    torch.set_rng_state(state)
-    return net(TensorDict({"x": x}, [len(x)]))["action"]
-
-
-def test_gradient_is_not_changed_by_frozen_parameters_and_owns_none():
-    net, x = model(), torch.randn(5, 6)
-    fixed = intervene(net, policy=GradientPolicy(Target("logits", 1)), strategy=Do(0.0), k=1)
-    assert len(fixed.state_dict()) == len(net.state_dict())
-    free = fixed(TensorDict({"x": x}, [5]))["intervention", "score"]
-    net.requires_grad_(False)
-    assert torch.equal(fixed(TensorDict({"x": x}, [5]))["intervention", "score"], free)
-
-
-def test_copies_of_a_gradient_policy_follow_the_copied_weights():
-    """A copy does not go on running the original's head."""
-    fixed = intervene(model(), policy=GradientPolicy(Target("logits", 1)), strategy=Do(0.0), k=1)
-    x = torch.randn(5, 6)
-    expected = fixed(TensorDict({"x": x}, [5]))["intervention", "score"].clone()
-    for other in (copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):
-        with torch.no_grad():
-            for p in other.parameters():
-                p.mul_(2)
-        torch.testing.assert_close(other(TensorDict({"x": x}, [5]))["intervention", "score"], 2 * expected)
-    assert torch.equal(fixed(TensorDict({"x": x}, [5]))["intervention", "score"], expected)
-
-
-def test_gradients_from_a_key():
-    gradients = torch.tensor([0.1, 5.0, -10.0, 0.5])  # the largest, whatever their sign: 2 and 1
-    entries = {"gradient": {"concepts": gradients}}
-    assert score(GradientPolicy(), torch.zeros(4), **entries).tolist() == gradients.abs().tolist()
-    assert replaced(GradientPolicy(), torch.zeros(4), 2, **entries) == [1, 2]
-    assert replaced(GradientPolicy(key="g"), torch.zeros(4), 1, g=gradients) == [2]
-    assert GradientPolicy().bind(Splice(("agents", "c"))).in_keys == [("agents", "c"), ("gradient", "agents", "c")]
-
-
-def test_without_gradients_it_raises_or_says_so():
-    with pytest.raises(BadKey, match=r"fallback=\"uniform\""):
-        score(GradientPolicy(), torch.zeros(4))
-    assert replaced(GradientPolicy(fallback="uniform"), torch.rand(4), 2) == [0, 1]
-    assert replaced(
-        GradientPolicy(fallback="uniform"), torch.rand(2), 1, gradient={"concepts": torch.tensor([0.0, 1.0])}
-    ) == [1]
-
-
-def test_gradient_compiles_in_one_graph():
-    fixed = intervene(model(), policy=GradientPolicy(Target("logits", 1)), strategy=Do(0.0), k=1)
-    x = torch.randn(5, 6)
-    expected = fixed(TensorDict({"x": x}, [5]))
-    compiled = torch.compile(fixed, fullgraph=True, backend="eager")(TensorDict({"x": x}, [5]))
-    torch.testing.assert_close(compiled["intervention", "score"], expected["intervention", "score"])
-    torch.testing.assert_close(compiled["logits"], expected["logits"])
-
-
 @pytest.mark.parametrize(
     ("build", "error", "text"),
     [
         (lambda: RandomPolicy(7), BadType, "manual_seed"),
         (lambda: UncertaintyPolicy("half"), BadType, "half"),
         (lambda: UncertaintyPolicy(True), BadType, "True"),
-        (lambda: GradientPolicy("logits"), BadType, "Target"),
-        (lambda: GradientPolicy(Target("logits", 0), key="g"), BadValue, "two sources"),
-        (lambda: GradientPolicy(fallback="random"), BadValue, "random"),
-        (lambda: intervene(model(), policy=GradientPolicy(Target("lgits", 0)), strategy=Do(0.0)), BadKey, "'logits'"),
-        (
-            lambda: intervene(model(), policy=GradientPolicy(Target(Site("2"), 0)), strategy=Do(0.0)),
-            BadValue,
-            "an entry",
-        ),
+        (lambda: UncertaintyPolicy(measure="variance"), BadValue, "variance"),
+        (lambda: UncertaintyPolicy(0.5, measure="entropy"), BadValue, "center"),
+        (lambda: LearnedPolicy(nn.Linear), BadType, "scorer"),
+        (lambda: LearnedPolicy(3), BadType, "3"),
+        (lambda: LearnedPolicy(nn.Linear(2, 2), temperature=0.0), BadValue, "temperature"),
     ],
 )
 def test_bad_builds(build, error, text):
@@ -272,12 +260,9 @@ def test_bad_builds(build, error, text):
 
 
 def test_bad_calls():
-    with pytest.raises(BadValue, match="intervene"):
-        score(GradientPolicy(Target("logits", 0)), torch.zeros(4))
-    with pytest.raises(BadValue, match=r"\[4\]: one target"):
-        score(GradientPolicy(key="g"), torch.zeros(4), g=torch.zeros(2, 4))
-    fixed = intervene(model(), policy=GradientPolicy(Target("logits", [0, 1])), strategy=Do(0.0), k=1)
-    with pytest.raises(BadValue, match="one target for each row"):
-        fixed(TensorDict({"x": torch.randn(5, 6)}, [5]))
     with pytest.raises(BadKey, match="'concept'"):
         UniformPolicy()(TensorDict({"concept": torch.zeros(4)}))
+    with pytest.raises(BadKey, match="'x'"):
+        score(LearnedPolicy(Scorer(5, 5), ["x"]), torch.zeros(3, 4))
+    with pytest.raises(BadValue, match=r"\[3, 2\]"):
+        score(LearnedPolicy(nn.Linear(4, 2)), torch.zeros(3, 4))

@@ -4,55 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tdconcepts.errors import BadKey, BadValue
-from tdconcepts.interventions.selection import SelectStage, top_mask
+from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.interventions.selection import SelectStage, known_places
 from tdconcepts.interventions.stages import Splice
 
 NAMED = Splice(names=("wing", "colour", "beak"), cardinalities=(1, 3, 1))
-SCORES = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 0.5, 3.0, math.inf, math.nan])
-
-
-def slow(row, k):
-    """The definition: sort by score, then by index; NaN is below everything."""
-    values = [-math.inf if math.isnan(v) else v for v in map(float, row)]
-    chosen = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
-    return [i in chosen for i in range(len(values))]
-
-
-@given(
-    st.integers(1, 7).flatmap(
-        lambda n: st.tuples(st.lists(st.lists(SCORES, min_size=n, max_size=n), max_size=4), st.integers(0, n))
-    )
-)
-def test_top_mask_is_the_definition(case):
-    rows, k = case
-    if not rows:
-        return
-    score = torch.tensor(rows)
-    expected = torch.tensor([slow(row, k) for row in rows])
-    assert torch.equal(top_mask(score, k), expected)
-    assert torch.equal(torch.vmap(lambda row: top_mask(row, k))(score), expected)  # the path without numpy
-    assert torch.equal(top_mask(score.to(torch.bfloat16), k), expected)
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int8, torch.bool]
-)
-def test_any_dtype(dtype):
-    score = torch.randint(0, 2, (40, 9)).to(dtype)
-    for k in (0, 1, 4, 9):
-        assert torch.equal(top_mask(score, k), torch.tensor([slow(row, k) for row in score]))
-
-
-def test_the_score_is_not_changed():
-    score = torch.tensor([[1.0, math.nan, math.inf]])
-    before = score.clone()
-    top_mask(score, 2)
-    assert torch.equal(score.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10, 112])
@@ -98,6 +56,108 @@ def test_ties_between_candidates_go_by_the_index_of_the_concept_not_by_the_order
     assert SelectStage(splice, k=1, among=["c", "a"]).mask(torch.zeros(3)).tolist() == [True, False, False]
 
 
+BIRD = Splice(
+    names=("wing", "colour", "beak", "eye"),
+    cardinalities=(1, 3, 1, 1),
+    groups=(("head", ("beak", "eye")), ("body", ("wing",))),
+)
+
+
+def test_candidates_by_group():
+    score = torch.tensor([0.1, 0.0, 0.9, 0.1, 0.8, 0.2])
+    assert SelectStage(BIRD, among=["head"]).mask(score).int().tolist() == [0, 0, 0, 0, 1, 1]
+    assert SelectStage(BIRD, k=1, among=["head", "wing"]).mask(score).int().tolist() == [0, 0, 0, 0, 1, 0]
+    with pytest.raises(BadKey, match="'head'"):
+        SelectStage(BIRD, among=["heads"])
+    with pytest.raises(BadValue, match="twice"):
+        SelectStage(BIRD, among=["head", "eye"])
+
+
+def test_groups_are_chosen_whole():
+    """Units: body (wing), colour, head (beak and eye); the score is the largest in it."""
+    score = torch.tensor([0.5, 0.0, 0.3, 0.1, 0.2, 0.4])
+    for select, expected in (
+        ({"k": 1}, [1, 0, 0, 0, 0, 0]),
+        ({"k": 2}, [1, 0, 0, 0, 1, 1]),
+        ({"fraction": 1 / 3, "among": ["colour", "head"]}, [0, 0, 0, 0, 1, 1]),
+        ({"budget": 3, "cost": {"body": 2, "colour": 1, "head": 5}}, [1, 1, 1, 1, 0, 0]),
+    ):
+        assert SelectStage(BIRD, by="group", **select).mask(score).int().tolist() == expected
+    with pytest.raises(BadValue, match="no groups"):
+        SelectStage(NAMED, by="group")
+    with pytest.raises(BadValue, match="two groups"):
+        SelectStage(
+            Splice(names=("a", "b"), cardinalities=(1, 1), groups=(("g", ("a", "b")), ("h", ("b",)))), by="group"
+        )
+    with pytest.raises(BadKey, match="'head'"):
+        SelectStage(BIRD, by="group", among=["beak"])
+
+
+def test_candidates_of_each_row():
+    """k of the row's own candidates, a fraction of their number; fewer candidates than k are all taken."""
+    may = torch.tensor([[True, True, True, False], [False, False, True, True], [False] * 4, [True] * 4])
+    score = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).expand(4, 4)
+
+    def mask(**select):
+        td = TensorDict({("intervention", "score"): score, ("who", "may"): may}, [4])
+        stage = SelectStage(Splice(), candidates=("who", "may"), **select)
+        assert stage.in_keys == [("intervention", "score"), ("who", "may")]
+        return stage(td)["intervention", "mask"].int().tolist()
+
+    assert mask() == may.int().tolist()
+    assert mask(k=1) == [[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert mask(k=3) == [[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]]
+    assert mask(fraction=0.5) == [[0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 1]]  # round(1.5) = 2
+    assert mask(k=1, among=[0, 1]) == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert mask(budget=1.5) == mask(k=1)
+
+
+def test_candidates_of_each_row_for_concepts_of_several_columns():
+    score = torch.tensor([[0.1, 0.0, 0.9, 0.1, 0.2]] * 2)
+    by_concept = torch.tensor([[True, False, True], [True, True, True]])
+    by_column = by_concept[:, [0, 1, 1, 1, 2]]
+    for may in (by_concept, by_column):
+        mask = SelectStage(NAMED, k=1, candidates="may").mask(score, may)
+        assert mask.int().tolist() == [[0, 0, 0, 0, 1], [0, 1, 1, 1, 0]]
+    with pytest.raises(BadValue, match=r"\[2, 4\]"):
+        SelectStage(NAMED, candidates="may").mask(score, torch.ones(2, 4, dtype=torch.bool))
+    td = TensorDict({("intervention", "score"): score, "may": by_concept.float()}, [2])
+    with pytest.raises(BadType, match="float32"):
+        SelectStage(NAMED, candidates="may")(td)
+    with pytest.raises(BadKey, match="'may'"):
+        SelectStage(NAMED, candidates="may")(td.exclude("may"))
+
+
+def test_a_budget_by_names_and_by_order():
+    score = torch.tensor([0.9, 0.0, 0.8, 0.1, 0.7])
+    for cost in ([1.0, 5.0, 2.0], {"beak": 2.0, "wing": 1.0, "colour": 5.0}, torch.tensor([1.0, 5.0, 2.0])):
+        assert SelectStage(NAMED, budget=3, cost=cost).mask(score).int().tolist() == [1, 0, 0, 0, 1]
+    assert SelectStage(NAMED, budget=0).mask(score).sum() == 0
+    assert SelectStage(NAMED, budget=2).mask(score).int().tolist() == [1, 1, 1, 1, 0]  # 1 each
+    free = SelectStage(Splice(), budget=0, cost=[0, 1, 0, 1, 0]).mask(score)
+    assert free.int().tolist() == [1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_where_there_is_a_value(dtype):
+    assert known_places(torch.tensor([1, 0])) is None
+    assert known_places(torch.rand(3, 4).to(dtype)) is None
+    assert known_places(torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype)).all()
+    assert known_places(torch.tensor([math.inf, math.nan, 1.0], dtype=dtype)).tolist() == [True, False, True]
+    assert known_places(torch.full((4, 40000), 60000.0).to(dtype)) is None  # a sum that overflows
+
+
+def test_a_probability_for_each_concept_draws_whole_concepts():
+    stage = SelectStage(NAMED, probability=[0.0, 0.5, 1.0], generator=torch.Generator().manual_seed(0))
+    mask = stage.mask(torch.zeros(2000, 5))
+    assert not mask[:, 0].any()
+    assert mask[:, 4].all()
+    assert torch.equal(mask[:, 1], mask[:, 3])
+    assert abs(mask[:, 1].float().mean() - 0.5) < 0.034  # 3 standard errors
+    some = SelectStage(NAMED, probability=1.0, among=["beak"]).mask(torch.zeros(5))
+    assert some.int().tolist() == [0, 0, 0, 0, 1]
+
+
 def test_it_compiles_in_one_graph_and_maps():
     score = torch.randint(0, 4, (6, 5)).float()
     for stage in (
@@ -138,6 +198,21 @@ def test_candidates_are_no_state_and_follow_the_scores():
         ({"among": [-1]}, BadValue, "-1"),
         ({"among": ["wing", 0]}, BadValue, "twice"),
         ({"among": ["color"]}, BadKey, "did you mean 'colour'"),
+        ({"budget": -1}, BadValue, "-1"),
+        ({"budget": True}, BadValue, "True"),
+        ({"cost": [1, 2, 3]}, BadValue, "budget="),
+        ({"budget": 1, "cost": [1, 2]}, BadValue, "2 costs"),
+        ({"budget": 1, "cost": [1, 2, -3]}, BadValue, "-3"),
+        ({"budget": 1, "cost": {"wing": 1}}, BadKey, "'colour'"),
+        ({"budget": 1, "cost": {"wings": 1}}, BadKey, "did you mean 'wing'"),
+        ({"budget": 1, "k": 1}, BadValue, "twice"),
+        ({"probability": 1.5}, BadValue, "1.5"),
+        ({"probability": [0.5, 0.5]}, BadValue, "2 probabilities"),
+        ({"probability": "half"}, BadValue, "half"),
+        ({"generator": torch.Generator()}, BadValue, "probability="),
+        ({"probability": 0.5, "generator": 3}, BadType, "manual_seed"),
+        ({"by": "row"}, BadValue, "'row'"),
+        ({"amongst": [0]}, BadType, "did you mean 'among'"),
     ],
 )
 def test_bad_builds(arguments, error, text):

@@ -6,14 +6,13 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.interventions.spaces import EPS
 from tdconcepts.interventions.stages import Splice
-from tdconcepts.interventions.strategies import EPS, Do, GroundTruth, to_logits
+from tdconcepts.interventions.strategies import Do, GroundTruth
 
 GROUPED = Splice(names=("a", "b", "c"), cardinalities=(1, 3, 1))
 
@@ -22,26 +21,6 @@ def value(strategy, concepts, **entries):
     td = TensorDict({"concepts": concepts, **entries}, concepts.shape[:-1])
     assert strategy(td) is td
     return td["intervention", "value"]
-
-
-@given(st.floats(0, 1), st.sampled_from([torch.float32, torch.float64]))
-def test_to_logits_is_what_the_sigmoid_takes_back(p, dtype):
-    got = to_logits(torch.tensor([p], dtype=dtype)).sigmoid().item()
-    assert got == pytest.approx(min(max(p, EPS), 1 - EPS), abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_certain_probabilities_have_finite_logits_in_any_dtype(dtype):
-    logits = to_logits(torch.tensor([0.0, 0.5, 1.0], dtype=dtype))
-    assert logits.dtype is dtype
-    assert logits.float().tolist() == pytest.approx([-9.21, 0.0, 9.21], abs=0.05)
-
-
-def test_to_logits_of_categorical_concepts_is_what_the_softmax_takes_back():
-    probs = torch.tensor([[0.7, 0.0, 1.0, 0.0, 0.2], [0.1, 0.2, 0.3, 0.5, 0.9]])
-    logits = to_logits(probs, (1, 3, 1))
-    torch.testing.assert_close(logits[:, [0, 4]].sigmoid(), probs[:, [0, 4]])
-    torch.testing.assert_close(logits[:, 1:4].softmax(-1), probs[:, 1:4], atol=3 * EPS, rtol=0)
 
 
 @pytest.mark.parametrize("batch", [[], [4], [2, 3], [0]])
@@ -127,6 +106,38 @@ def test_a_nan_label_is_written_as_it_is():
     assert got[1] == 1
 
 
+@pytest.mark.parametrize("space", ["probs", "logits", "onehot"])
+def test_a_label_that_is_not_known_is_nan(space):
+    splice = Splice(cardinalities=(1, 3, 1))
+    truth = GroundTruth("y", space=space, missing=-1).bind(splice)
+    got = value(truth, torch.zeros(2, 5), y=torch.tensor([[1, -1, 0], [-1, 2, 1]]))
+    assert got.isnan().int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    floats = torch.tensor([[1.0, math.nan, 0.0], [math.nan, 2.0, 1.0]])
+    assert torch.equal(
+        value(GroundTruth("y", space=space).bind(splice), torch.zeros(2, 5), y=floats).nan_to_num(7.0),
+        got.nan_to_num(7.0),
+    )
+
+
+def test_continuous_concepts_are_written_as_they_are():
+    splice = Splice(cardinalities=(1, 1, 3), kinds=("binary", "continuous", "categorical"), space="logits")
+    got = value(GroundTruth("y").bind(splice), torch.zeros(5), y=torch.tensor([1.0, -37.5, 2.0]))
+    assert got[:2].tolist() == pytest.approx([9.21, -37.5], abs=0.01)
+    assert got[2:].argmax() == 2
+    assert value(GroundTruth("y", "continuous"), torch.zeros(2), y=torch.tensor([-5.0, 9.0])).tolist() == [-5.0, 9.0]
+    with pytest.raises(BadValue, match="2 to 2"):
+        value(GroundTruth("y").bind(splice), torch.zeros(5), y=torch.tensor([2.0, 0.0, 0.0]))
+
+
+def test_do_with_states():
+    splice = Splice(cardinalities=(1, 3))
+    assert value(Do([1, 2], space="onehot").bind(splice), torch.zeros(2, 4)).tolist() == [[1, 0, 0, 1]] * 2
+    assert value(Do([1, 2], space="probs").bind(splice), torch.zeros(2, 4)).tolist() == [[1, 0, 0, 1]] * 2
+    assert value(Do([math.nan, 0.25]), torch.zeros(2)).isnan().tolist() == [True, False]
+    assert Do([math.nan]).misses
+    assert not Do(1.0).misses
+
+
 def test_it_compiles_and_maps():
     strategy = GroundTruth("y", space="logits")
     concepts, y = torch.rand(4, 3), torch.randint(0, 2, (4, 3))
@@ -142,7 +153,9 @@ def test_it_compiles_and_maps():
         (lambda: Do("one"), BadType, "'one'"),
         (lambda: Do([[1.0], [1.0, 2.0]]), BadType, "number"),
         (lambda: Do(None), BadType, "None"),
-        (lambda: Do(1.0, space="probs"), BadValue, "probs"),
+        (lambda: Do(1.0, space="prob"), BadValue, "'prob'"),
+        (lambda: Do(-1.0, space="probs"), BadValue, "-1.0"),
+        (lambda: GroundTruth("y", missing="no"), BadType, "no"),
         (lambda: Do(3.0, space="logits"), BadValue, "3.0"),
         (lambda: GroundTruth("y", space="prob"), BadValue, "'prob'"),
         (lambda: GroundTruth(None), BadKey, "None"),

@@ -1,0 +1,161 @@
+"""Spaces: what an entry of concepts holds, and how a label is written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tdconcepts.errors import BadValue
+from tdconcepts.interventions.stages import Splice
+from tdconcepts.keys import NestedKey, key_text
+
+__all__ = ["EPS", "Space", "as_space", "check_range", "is_visible", "spread", "to_logits", "written"]
+
+Space: TypeAlias = Literal["probs", "logits", "onehot", "continuous"]
+
+_SPACES = (None, "probs", "logits", "onehot", "continuous")
+EPS = 1e-4
+"""How far a probability is kept from 0 and 1 when it is written as a logit: 1 becomes logit(1 - 1e-4) = 9.21."""
+
+
+def as_space(space: object) -> Space | None:
+    """``space`` itself.
+
+    Raises:
+        BadValue: for one that is none.
+    """
+    if space not in _SPACES:
+        raise BadValue("not a space", got=repr(space), needed='"probs", "logits", "onehot" or "continuous"')
+    return space  # type: ignore[return-value]
+
+
+def to_logits(probs: Tensor, cardinalities: Sequence[int] | None = None, eps: float = EPS) -> Tensor:
+    """``probs [*B, C] -> logits [*B, C]`` that the sigmoid (binary) or softmax (categorical) takes back.
+
+    ``logit(clamp(p, eps, 1 - eps))`` for a binary concept, ``log(max(p, eps))`` for the states of a categorical one.
+    Computed in float32 at least: in bfloat16, ``1 - eps`` would be 1.
+
+    Examples:
+        >>> to_logits(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([-9.21...,  0.0000,  9.21...])
+    """
+    wide = probs.to(torch.promote_types(probs.dtype, torch.float32))
+    binary = wide.clamp(eps, 1 - eps).logit()
+    if cardinalities is None or all(n == 1 for n in cardinalities):
+        return binary.to(probs.dtype)
+    is_binary = torch.tensor([n == 1 for n in cardinalities for _ in range(n)], device=probs.device)
+    return torch.where(is_binary, binary, wide.clamp(min=eps).log()).to(probs.dtype)
+
+
+def written(labels: Tensor, concepts: Tensor, splice: Splice, space: Space | None, what: str = "the labels") -> Tensor:
+    """What stands for ``labels`` in an entry of this space, in the dtype of ``concepts [*B, C]``.
+
+    A label is a probability for each column (0, 1, or soft in between), a state for each of K concepts (spread to
+    one-hot columns), or the number itself for a continuous concept. Into ``"probs"`` it is written as it is, into
+    ``"logits"`` as its logit, into ``"onehot"`` rounded to the most probable state, into ``"continuous"`` unchecked. A
+    NaN, for "not known", stays NaN.
+
+    Raises:
+        BadValue: for another shape, for probabilities outside [0, 1], and for states that do not exist (these two are
+            not checked under ``torch.compile`` and ``vmap``).
+
+    Examples:
+        >>> splice = Splice(cardinalities=(1, 2))
+        >>> written(torch.tensor([1, 0]), torch.zeros(3), splice, "logits")
+        tensor([ 9.21...,  0.0000, -9.21...])
+        >>> written(torch.tensor([0.3, 0.4, 0.6]), torch.zeros(3), splice, "onehot")
+        tensor([0., 0., 1.])
+    """
+    columns = concepts.shape[-1]
+    cardinalities = splice.cardinalities
+    if space == "onehot" and cardinalities is None:
+        cardinalities = (columns,)
+    if cardinalities is not None and sum(cardinalities) == columns and len(cardinalities) < columns:
+        labels = spread(labels, concepts, cardinalities, splice.continuous)
+    if labels.shape != concepts.shape:
+        fix = "labels.unsqueeze(-1)" if labels.shape == concepts.shape[:-1] and columns == 1 else None
+        raise BadValue(
+            "labels and concepts differ in shape", got=list(labels.shape), needed=list(concepts.shape), fix=fix
+        )
+    if space == "continuous":
+        return labels.to(concepts)
+    free = None if splice.continuous is None else torch.tensor(splice.continuous, device=labels.device)
+    check_range(labels if free is None else labels[..., ~free], 0, 1, f"{what} are no probabilities")
+    probs = labels.to(concepts)
+    if space == "logits":
+        result = to_logits(probs, cardinalities)
+    elif space == "onehot" and labels.is_floating_point():
+        result = _rounded(probs, cardinalities or ())
+    else:
+        return probs
+    return result if free is None else torch.where(free, probs, result)
+
+
+def spread(
+    states: Tensor, concepts: Tensor, cardinalities: Sequence[int], continuous: Sequence[bool] | None = None
+) -> Tensor:
+    """``states [*B, K]`` (``[*B]`` for one concept) to columns ``[*B, C]``; what has C columns already is left alone.
+
+    A binary concept's state is its label, a continuous one's its number; a state that is NaN makes NaN columns.
+
+    Raises:
+        BadValue: for another shape, or a state that does not exist.
+
+    Examples:
+        >>> spread(torch.tensor([1, 2]), torch.zeros(4), (1, 3)).tolist()
+        [1.0, 0.0, 0.0, 1.0]
+    """
+    if len(cardinalities) == 1 and states.shape == concepts.shape[:-1]:
+        states = states.unsqueeze(-1)
+    if states.shape == concepts.shape:
+        return states
+    if states.shape != (*concepts.shape[:-1], len(cardinalities)):
+        needed = f"{[*concepts.shape[:-1], len(cardinalities)]} states or {list(concepts.shape)} columns"
+        raise BadValue("labels and concepts differ in shape", got=list(states.shape), needed=needed)
+    parts, column = [], 0
+    for i, n in enumerate(cardinalities):
+        state = states[..., i : i + 1]
+        if continuous is None or not continuous[column]:
+            check_range(state, 0, max(n - 1, 1), f"the states of concept {i} do not exist")
+            if n > 1 and state.is_floating_point():
+                check_range((state - state.round()).abs(), 0, 0, f"the states of concept {i} are no whole numbers")
+        column += n
+        block = state.to(concepts) if n == 1 else (state == torch.arange(n, device=state.device)).to(concepts)
+        parts.append(torch.where(state.isnan(), torch.nan, block) if state.is_floating_point() else block)
+    return torch.cat(parts, dim=-1)
+
+
+def check_range(labels: Tensor, low: int, high: int, what: str, key: NestedKey | None = None) -> None:
+    """Refuse numbers outside ``[low, high]`` (NaN passes), where the numbers can be looked at.
+
+    Raises:
+        BadValue: with the range that was found.
+    """
+    if labels.dtype is torch.bool or not labels.numel() or not is_visible(labels):
+        return
+    least, most = (float(bound) for bound in labels.detach().aminmax())
+    if least != least:
+        known = labels.detach()[~labels.isnan()]
+        if not known.numel():
+            return
+        least, most = (float(bound) for bound in known.aminmax())
+    if least < low or most > high:
+        got = f"{least:g} to {most:g}" + ("" if key is None else f" in {key_text(key)}")
+        raise BadValue(what, got=got, needed=f"{low} to {high}")
+
+
+def is_visible(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at: it is not traced and not mapped."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor))
+
+
+def _rounded(probs: Tensor, cardinalities: Sequence[int]) -> Tensor:
+    """The most probable state of each concept, one-hot; NaN stays."""
+    parts = []
+    for part, n in zip(probs.split(list(cardinalities), dim=-1), cardinalities, strict=True):
+        hard = part >= 0.5 if n == 1 else part.argmax(-1, keepdim=True) == torch.arange(n, device=part.device)
+        parts.append(torch.where(part.isnan(), torch.nan, hard.to(part)))
+    return torch.cat(parts, dim=-1)

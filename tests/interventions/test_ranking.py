@@ -1,0 +1,107 @@
+"""Rankings: exactly k, high first, ties by index; of those allowed; within a budget."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdconcepts.interventions.ranking import affordable_mask, counted_mask, top_mask
+
+SCORES = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 0.5, 3.0, math.inf, math.nan])
+
+
+def slow(row, k):
+    """The definition: sort by score, then by index; NaN is below everything."""
+    values = [-math.inf if math.isnan(v) else v for v in map(float, row)]
+    chosen = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    return [i in chosen for i in range(len(values))]
+
+
+@given(
+    st.integers(1, 7).flatmap(
+        lambda n: st.tuples(st.lists(st.lists(SCORES, min_size=n, max_size=n), max_size=4), st.integers(0, n))
+    )
+)
+def test_top_mask_is_the_definition(case):
+    rows, k = case
+    if not rows:
+        return
+    score = torch.tensor(rows)
+    expected = torch.tensor([slow(row, k) for row in rows])
+    assert torch.equal(top_mask(score, k), expected)
+    assert torch.equal(torch.vmap(lambda row: top_mask(row, k))(score), expected)  # the path without numpy
+    assert torch.equal(top_mask(score.to(torch.bfloat16), k), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int8, torch.bool]
+)
+def test_any_dtype(dtype):
+    score = torch.randint(0, 2, (40, 9)).to(dtype)
+    for k in (0, 1, 4, 9):
+        assert torch.equal(top_mask(score, k), torch.tensor([slow(row, k) for row in score]))
+
+
+def test_the_score_is_not_changed():
+    score = torch.tensor([[1.0, math.nan, math.inf]])
+    before = score.clone()
+    top_mask(score, 2)
+    assert torch.equal(score.nan_to_num(), before.nan_to_num())
+
+
+def slow_counted(row, allowed, k):
+    values = [-math.inf if math.isnan(v) else v for v in map(float, row)]
+    open_ = [i for i in range(len(values)) if allowed[i]]
+    chosen = sorted(open_, key=lambda i: (-values[i], i))[:k]
+    return [i in chosen for i in range(len(values))]
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.tuples(SCORES, st.booleans()), min_size=n, max_size=n).flatmap(
+            lambda row: st.tuples(st.just(row), st.integers(0, n + 1))
+        )
+    )
+)
+def test_counted_mask_is_the_definition(case):
+    row, k = case
+    score, allowed = torch.tensor([s for s, _ in row]), torch.tensor([a for _, a in row])
+    expected = slow_counted(score, allowed, k)
+    assert counted_mask(score, allowed, k).tolist() == expected
+    assert counted_mask(score[None], allowed[None], torch.tensor([k])).tolist() == [expected]
+    assert counted_mask(score.half(), allowed, k).tolist() == expected
+    if all(allowed) and k <= len(row):
+        assert counted_mask(score, allowed, k).tolist() == top_mask(score, k).tolist()
+
+
+def slow_affordable(row, allowed, costs, budget):
+    taken = [False] * len(row)
+    for i in sorted((i for i in range(len(row)) if allowed[i]), key=lambda i: (-row[i], i)):
+        if costs[i] <= budget:
+            taken[i], budget = True, budget - costs[i]
+    return taken
+
+
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.lists(
+            st.tuples(st.integers(-2, 2), st.booleans(), st.integers(0, 4)), min_size=n, max_size=n
+        ).flatmap(lambda row: st.tuples(st.just(row), st.integers(0, 9)))
+    )
+)
+def test_affordable_mask_is_the_definition(case):
+    row, budget = case
+    score, allowed, costs = ([x[i] for x in row] for i in range(3))
+    expected = slow_affordable(score, allowed, costs, budget)
+    given_ = torch.tensor(score), torch.tensor(allowed), torch.tensor(costs), torch.tensor(float(budget))
+    assert affordable_mask(*given_).tolist() == expected
+
+
+def test_a_budget_of_tenths_buys_as_many_tenths():
+    """0.3 - 0.1 - 0.1 is below 0.1 in floating point."""
+    score = torch.arange(5.0)
+    costs = torch.full((5,), 0.1, dtype=torch.float64)
+    assert affordable_mask(score, score >= 0, costs, torch.tensor(0.3, dtype=torch.float64)).sum() == 3
+    assert affordable_mask(score, score >= 0, costs, torch.tensor(0.29, dtype=torch.float64)).sum() == 2
