@@ -2,6 +2,7 @@
 
 from tdconcepts.hooks.calling import dispatch_rows
 from tdconcepts.hooks.conditions import Steps, When
+from tdconcepts.hooks.controls import MatchedNorm
 from tdconcepts.hooks.directions import RemoveDirection, random_directions
 from tdconcepts.hooks.edits import Ablate, Add, Edit, Replace, Scale
 from tdconcepts.hooks.explaining import Options
@@ -21,6 +22,7 @@ __all__ = [
     "Capture",
     "Edit",
     "Hooked",
+    "MatchedNorm",
     "Options",
     "Patch",
     "Programs",
