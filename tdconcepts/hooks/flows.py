@@ -17,6 +17,7 @@ __all__ = [
     "operation_name",
     "overwritable",
     "tensors",
+    "under_vmap",
     "untransformed",
 ]
 
@@ -108,7 +109,9 @@ def depends(value: Any) -> bool:
     if is_compiling():
         return value.requires_grad
     if not value.requires_grad:
-        return False
+        value = under_vmap(value)
+        if not value.requires_grad or isinstance(value, nn.Parameter):
+            return False
     nodes: list[Any] = [value.grad_fn]
     seen = 0
     if nodes[0] is None:
@@ -116,6 +119,8 @@ def depends(value: Any) -> bool:
     while nodes and seen < 8:  # made of parameters, the graph is small: a weight's square, its normalisation
         node = nodes.pop()
         seen += 1
+        if type(node).__name__.startswith(("_ByFormula", "Embedding")):  # tokens, not parameters alone
+            return True
         if type(node).__name__ == "AccumulateGrad":
             if not isinstance(node.variable, nn.Parameter):
                 return True
@@ -124,6 +129,14 @@ def depends(value: Any) -> bool:
         if not node.next_functions:
             return True
     return bool(nodes)
+
+
+def under_vmap(value: Tensor) -> Tensor:
+    """The tensor that a model's own ``vmap`` has wrapped, which knows of its graph."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def untransformed(value: Tensor) -> bool:
