@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
@@ -200,8 +200,10 @@ class Composite(Replaceable):
 
 _UNSAID: Any = object()
 SUMS = frozenset(
-    ["add", "sub", "sum", "mean"] + [f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)]
-)  # proportional in the gradient convention as they are
+    {f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)}
+    | {"add", "sub", "sum", "mean", "cumsum", "trace", "diff", "neg", "abs", "lerp", "fold", "interpolate", "upsample"}
+    | {"index_add", "scatter_add"}
+)  # what scales and adds values: the gradient is right as it is, what relevance flows needs shares
 
 
 class _Unknown:
@@ -242,10 +244,10 @@ def _is_a(kind: Any, module: Any) -> bool:
 
 
 def _has_own_parameters(module: nn.Module) -> bool:
-    """A layer with parameters through which gradients flow: a container's own are used by operations."""
+    """A layer with parameters through which gradients flow: those of a container, or held apart, serve operations."""
     has = next(module.parameters(recurse=False), None) is not None or "parametrizations" in module._modules
     leaf = all(name == "parametrizations" for name in module._modules)
-    return has and leaf and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return has and leaf and not isinstance(module, (nn.Embedding, nn.EmbeddingBag, TensorDictParams))
 
 
 def _table(name: str, rows: Iterable[tuple[str, Rule | None]], convention: str) -> str:

@@ -12,7 +12,7 @@ from tdconcepts.lrp import kinds
 from tdconcepts.lrp.affine import is_convolution, is_linear
 from tdconcepts.lrp.attention import AttentionRule, GatedProductRule, SoftmaxEpsilonRule
 from tdconcepts.lrp.boundary import FlatRule, ZBoxRule
-from tdconcepts.lrp.composites import Composite
+from tdconcepts.lrp.composites import SUMS, Composite
 from tdconcepts.lrp.epsilon import EpsilonRule, NormRule, UniformEpsilonRule
 from tdconcepts.lrp.norms import LayerNormRule, RMSNormRule
 from tdconcepts.lrp.passing import ConstantRule, IgnoreRule, NumeratorRule, PassRule, PseudoIdentityRule
@@ -73,13 +73,13 @@ def BaseRuleMapper(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, con
         **dict.fromkeys(["rms_norm", "normalize"], scales),
         **dict.fromkeys(["rsqrt", "reciprocal"], ConstantRule()),
         **dict.fromkeys(["matmul", "baddbmm", "einsum", "dot", "inner", "outer", "bilinear"], product),
+        **dict.fromkeys(["tensordot", "kron"], product),
         "batch_norm": batches,
         "mul": GatedProductRule(stabilizer, signal=1 if constant else None),
         "div": NumeratorRule(),
         "softmax": softmax,
         "scaled_dot_product_attention": AttentionRule(constant),
-        **dict.fromkeys(["add", "sub", "sum", "mean"], norm),
-        **{f"{kind}avg_pool{n}d": norm for kind in ("", "adaptive_") for n in (1, 2, 3)},
+        **dict.fromkeys(sorted(SUMS), norm),
     }
     return _with(Composite(rules, operations, plain=kinds.PLAIN), rule_mapper)
 

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
+from tdconcepts.hooks.flows import under_vmap
 from tdconcepts.hooks.rules import Rule
 from tdconcepts.lrp.boundary import nonzero
 
@@ -60,7 +61,7 @@ class Conservation:
         if value is not None:
             flow = flow * (nonzero(value) if rule.terminal and side == "in" else value)
         line = self.lines.setdefault(self.folded.get(name, name), Line(rule))
-        total = float(flow.detach().sum())
+        total = float(under_vmap(flow).detach().sum())
         if side == "in":
             line.r_in += total
         else:
