@@ -39,6 +39,21 @@ class Read:
         return value
 
 
+class _Explained(torch.autograd.Function):
+    """A value as it is, with a leaf that is no parameter in its graph: rules leave alone what parameters alone make."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, leaf: Tensor) -> Tensor:
+        return value.detach()  # the storage of value: no copy, and free for in-place operations
+
+    @staticmethod
+    def backward(ctx: Any, flow: Tensor) -> tuple[Tensor, None]:
+        return flow, None
+
+
+_LEAF = torch.empty(0, requires_grad=True)
+
+
 class Watch:
     """Record where the gradient with respect to a site can be taken, and put a given point in its place.
 
@@ -62,6 +77,8 @@ class Watch:
             return value
         base = unwrapped(value)
         if base.requires_grad and (given is None or store.get("create_graph")):
+            if run.plan.around and base is value:
+                base = value = _Explained.apply(value, _LEAF)
             kept = base if store.get("create_graph") else base.detach()
             kept = kept.clone() if store.get("snapshot") or store.get("create_graph") else kept
             mapped = None if base is value else torch._C._functorch.maybe_get_bdim(value)
