@@ -5,6 +5,7 @@ from tdconcepts.attribution.conductance import Conductance, InternalInfluence, N
 from tdconcepts.attribution.deeplift import DeepLift, DeepLiftShap
 from tdconcepts.attribution.expected import ExpectedGradients
 from tdconcepts.attribution.gradient import Gradient, InputXGradient, Saliency
+from tdconcepts.attribution.guided import Deconvolution, GuidedBackprop, GuidedGradCAM
 from tdconcepts.attribution.layers import (
     LayerActivation,
     LayerConductance,
@@ -20,11 +21,14 @@ from tdconcepts.attribution.wrappers import Absolute, Normalised, Summed, TimesI
 __all__ = [
     "Absolute",
     "Conductance",
+    "Deconvolution",
     "DeepLift",
     "DeepLiftShap",
     "ExpectedGradients",
     "GradCAM",
     "Gradient",
+    "GuidedBackprop",
+    "GuidedGradCAM",
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",

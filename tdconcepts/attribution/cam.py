@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Unpack
 
 import torch
@@ -15,7 +16,7 @@ from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.keys import NestedKey
 from tdconcepts.tunables import Replaceable, Tunable
 
-__all__ = ["GradCAM"]
+__all__ = ["GradCAM", "resized", "weighted"]
 
 _MODES = ("nearest", "bilinear", "bicubic", "area")
 
@@ -36,12 +37,14 @@ class GradCAM(Replaceable, TensorDictModuleBase):
         site: the layer, as a Site or its text.
         channels: the dim of the channels in a row of the layer: 0 for images and series, -1 for tokens.
         relu: keep only what speaks for the target, as in the paper (Captum's default is False).
-        size: resize the map to this many rows and columns; the size of an image, for instance.
-        mode: how to resize: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"area"``.
+        size: resize the map: to the rows and columns of an image, the length of a series (or of tokens), the three
+            sides of a volume.
+        mode: how to resize: ``"nearest"``, ``"bilinear"`` (linear in each dim), ``"bicubic"`` (images only) or
+            ``"area"``.
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: a dim that the layer does not have, a size for something else than images, or no such mode.
+        BadValue: a dim that the layer does not have, a size of another number of dims than the map, or no such mode.
 
     Source: Selvaraju et al., *Grad-CAM: visual explanations from deep networks*, 2017 (equations 1 and 2).
 
@@ -64,15 +67,15 @@ class GradCAM(Replaceable, TensorDictModuleBase):
         *,
         channels: int = 0,
         relu: bool = True,
-        size: tuple[int, int] | None = None,
+        size: tuple[int, ...] | None = None,
         mode: Literal["nearest", "bilinear", "bicubic", "area"] = "bilinear",
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
         if mode not in _MODES:
             raise BadValue("no such way to resize", got=f"mode={mode!r}", needed=f"one of {list(_MODES)}")
-        if size is not None and not (len(size) == 2 and all(type(n) is int and n >= 1 for n in size)):
-            raise BadValue("not the size of an image", got=f"size={size!r}", needed="two ints >= 1")
+        if size is not None and not (1 <= len(size) <= 3 and all(type(n) is int and n >= 1 for n in size)):
+            raise BadValue("not the size of a map", got=f"size={size!r}", needed="one to three ints >= 1")
         self._explaining = Explaining(module, target, Site.parse(site), options)
         self.module, self.channels, self.relu, self.size, self.mode = module, channels, bool(relu), size, mode
         self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
@@ -88,32 +91,48 @@ class GradCAM(Replaceable, TensorDictModuleBase):
         return self._explaining.pullback.hold(tensordict)
 
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
-        this, lead = self._explaining, td.batch_dims
-        pulled = this.pullback(td, create_graph=this.create_graph, snapshot=True, held=held, width=this.width(td))
-        (value,), (gradient,) = pulled.points, pulled.gradients
-        row = value.ndim - lead
-        if not -row <= self.channels < row:
-            got = f"channels={self.channels} in rows of shape {list(value.shape[lead:])}"
-            raise BadValue("the layer has no such dim", got=got, needed="the dim of the channels in a row")
-        if pulled.values.ndim > lead:
-            lead, value = lead + 1, value.unsqueeze(lead)
-        channels = lead + self.channels % row
-        places = [dim for dim in range(lead, lead + row) if dim != channels]
-        weights = gradient.mean(places, keepdim=True) if places else gradient
-        found = (weights * value).sum(channels, keepdim=True)
+        this = self._explaining
+        found, lead, channels, outputs = weighted(this, td, held, self.channels)
         found = found.relu() if self.relu else found
         if self.size is not None:
-            found = self._resized(found.squeeze(channels), lead)
-        return {this.attribution_keys[0]: found} | this.written(pulled.outputs)
+            found = resized(found.squeeze(channels), lead, self.size, self.mode)
+        return {this.attribution_keys[0]: found} | this.written(outputs)
 
-    def _resized(self, found: Tensor, lead: int) -> Tensor:
-        if found.ndim - lead != 2:
-            got, needed = f"rows of shape {list(found.shape[lead:])}", "maps of two dims"
-            raise BadValue("only maps can be resized", got=got, needed=needed, fix="size=None")
-        assert self.size is not None
-        if not found.numel():
-            return found.new_zeros(*found.shape[:lead], *self.size)
-        smooth = {"align_corners": False} if self.mode in ("bilinear", "bicubic") else {}
-        flat = found.reshape(-1, 1, *found.shape[lead:])
-        large = torch.nn.functional.interpolate(flat, size=self.size, mode=self.mode, **smooth)
-        return large.reshape(*found.shape[:lead], *self.size)
+
+def weighted(
+    this: Explaining, td: TensorDictBase, held: Tensor | None, channels: int
+) -> tuple[Tensor, int, int, TensorDictBase]:
+    """The sum of a layer's channels, each weighted by its mean gradient; how many dims are in front of a map, where the
+    channels were, and what the module wrote.
+    """
+    lead = td.batch_dims
+    pulled = this.pullback(td, create_graph=this.create_graph, snapshot=True, held=held, width=this.width(td))
+    (value,), (gradient,) = pulled.points, pulled.gradients
+    row = value.ndim - lead
+    if not -row <= channels < row:
+        got = f"channels={channels} in rows of shape {list(value.shape[lead:])}"
+        raise BadValue("the layer has no such dim", got=got, needed="the dim of the channels in a row")
+    if pulled.values.ndim > lead:
+        lead, value = lead + 1, value.unsqueeze(lead)
+    at = lead + channels % row
+    places = [dim for dim in range(lead, lead + row) if dim != at]
+    weights = gradient.mean(places, keepdim=True) if places else gradient
+    return (weights * value).sum(at, keepdim=True), lead, at, pulled.outputs
+
+
+def resized(found: Tensor, lead: int, size: Sequence[int], mode: str) -> Tensor:
+    """Maps ``[*lead, *places]`` in another size.
+
+    Raises:
+        BadValue: a size of another number of dims than the map.
+    """
+    here = found.shape[lead:]
+    if len(here) != len(size) or not 1 <= len(here) <= 3 or (mode == "bicubic" and len(here) != 2):
+        got, needed = f"maps of shape {list(here)}, size={tuple(size)}, mode={mode!r}", "as many dims in both"
+        raise BadValue("a map can't be resized so", got=got, needed=needed, fix='size=None; mode="nearest"')
+    if not found.numel():
+        return found.new_zeros(*found.shape[:lead], *size)
+    smooth = {"align_corners": False} if mode in ("bilinear", "bicubic") else {}
+    mode = ("linear", "bilinear", "trilinear")[len(here) - 1] if mode == "bilinear" else mode
+    large = torch.nn.functional.interpolate(found.reshape(-1, 1, *here), size=tuple(size), mode=mode, **smooth)
+    return large.reshape(*found.shape[:lead], *size)

@@ -41,6 +41,18 @@ def test_a_map_in_the_size_of_the_image(cnn, images, mode):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("dims", "mode"), [(1, "linear"), (3, "trilinear")])
+def test_series_and_volumes(dims, mode):
+    conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](2, 3, 2)
+    layers = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(3 * 3**dims, 2)).double()
+    td = TensorDict(x=torch.randn(2, 2, *[4] * dims, dtype=torch.float64), batch_size=[2])
+    net = TensorDictModule(layers, ["x"], ["y"])
+    small = GradCAM(net, Target("y", 0), "1")(td.copy())["attribution", "1"]
+    found = GradCAM(net, Target("y", 0), "1", size=(7,) * dims)(td)["attribution", "1"]
+    expected = nn.functional.interpolate(small, size=(7,) * dims, mode=mode, align_corners=False)[:, 0]
+    torch.testing.assert_close(found, expected)
+
+
 def test_tokens_by_hand():
     body = nn.Linear(4, 6).double()
     layer = TensorDictModule(nn.Sequential(body, nn.Tanh(), nn.Flatten(-2), nn.Linear(30, 3).double()), ["x"], ["y"])
@@ -69,7 +81,10 @@ def test_bad_input(cnn, images, net, batch):
         GradCAM(cnn, Target("logits", 0), "0", channels=3)(images)
     with pytest.raises(BadValue, match="no such way"):
         GradCAM(cnn, Target("logits", 0), "0", mode="cubic")
-    with pytest.raises(BadValue, match="size of an image"):
-        GradCAM(cnn, Target("logits", 0), "0", size=(4,))
-    with pytest.raises(BadValue, match="only maps"):
+    for size in ((), (4, 0), (1, 2, 3, 4)):
+        with pytest.raises(BadValue, match="size of a map"):
+            GradCAM(cnn, Target("logits", 0), "0", size=size)
+    with pytest.raises(BadValue, match="can't be resized"):
+        GradCAM(cnn, Target("logits", 0), "0", size=(4,))(images)
+    with pytest.raises(BadValue, match="can't be resized"):
         GradCAM(net, Target("logits", 0), "2", size=(4, 4))(batch(2))

@@ -2,17 +2,22 @@
 
 import torch
 from tensordict import TensorDict
-from world import DRAWS, GENERATOR, GRAPH, STREAM, argmax, explainer, row
+from tensordict.nn import TensorDictModule
+from torch import nn
+from world import DRAWS, GENERATOR, GRAPH, STREAM, World, argmax, explainer, row, seeded
 
 import tdconcepts as tdc
 from tdconcepts import Site, Target
 from tdconcepts.attribution import (
     Absolute,
     Conductance,
+    Deconvolution,
     DeepLift,
     DeepLiftShap,
     ExpectedGradients,
     GradCAM,
+    GuidedBackprop,
+    GuidedGradCAM,
     InternalInfluence,
     LayerActivation,
     LayerConductance,
@@ -25,6 +30,26 @@ from tdconcepts.attribution import (
     Summed,
     TimesInput,
 )
+
+
+class Maps(nn.Module):
+    """``[..., 4] -> [..., 3 channels, 4 places]``, for any batch dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 1)), nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unsqueeze(-2) * self.weight + self.bias
+
+
+def maps(w: World) -> TensorDictModule:
+    """A network with a layer of maps."""
+    layers = seeded(Maps, w), nn.ReLU(), nn.Flatten(-2), seeded(nn.Linear, w, 12, 3)
+    net = TensorDictModule(nn.Sequential(*layers), [w("observation")], [w("logits")])
+    tdc.anchor(net, "1")  # for the compiler
+    return net
+
 
 ROWS = [
     explainer("Gradient", lambda w: tdc.Gradient(w.model, argmax(w), **w.chunk)),
@@ -142,6 +167,21 @@ ROWS = [
             baselines=TensorDict({w("observation"): torch.linspace(-1, 1, 8).view(2, 4)}, [2]),
             **w.chunk,
         ),
+    ),
+    explainer(
+        "GuidedBackprop",
+        lambda w: GuidedBackprop(
+            w.model, Target(w("logits"), [1, 2]), [w("observation"), Site("0.2")], on_missing="gradient", **w.chunk
+        ),
+        "0.2",
+    ),
+    explainer(
+        "Deconvolution with outputs",
+        lambda w: Deconvolution(w.model, argmax(w), outputs=True, on_missing="gradient", **w.chunk),
+    ),
+    explainer(
+        "GuidedGradCAM",
+        lambda w: GuidedGradCAM(maps(w), Target(w("logits"), [1, 0]), "1", **w.chunk),
     ),
     explainer("GradCAM", lambda w: GradCAM(w.model, Target(w("logits"), [1, 2]), "0.0", **w.chunk), "0.0"),
     row("LayerActivation", lambda w: LayerActivation(w.model, "0.0")),
