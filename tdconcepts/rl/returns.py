@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.hooks.programs import patch
+from tdconcepts.hooks import MatchedNorm, patch
 from tdconcepts.rl.episodes import Policy, Visited, interaction, run_episodes
 
 __all__ = ["Returns", "compare_returns", "student_t"]
@@ -27,8 +27,11 @@ class Returns:
     """What :func:`compare_returns` measured: one episode for each variant and seed; the first variant is the baseline.
 
     ``episodes`` is a TensorDict of batch ``[V, S]`` (variants, seeds) with ``"return"`` (float64, undiscounted),
-    ``"length"`` (steps), ``"finished"`` (False where the step limit cut the episode) and, where it was asked for,
-    ``"flips"``: the share of the baseline's steps at which the variant would have acted differently (open loop).
+    ``"length"`` (steps), ``"finished"`` (False where the step limit cut the episode) and, where it was asked for, what
+    the variant would have done on the baseline's own steps (open loop): ``"flips"``, the share of them at which it
+    would have acted differently, and ``"total_variation"``, half the sum over the actions of the absolute differences
+    of their probabilities, averaged over the steps (for policies that draw from finitely many actions). ``controls``:
+    variant -> the names of its matched-norm controls.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -42,6 +45,7 @@ class Returns:
     names: tuple[str, ...]
     episodes: TensorDictBase
     confidence: float = 0.95
+    controls: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, name: str) -> TensorDictBase:
         """The episodes of one variant, batch ``[S]``."""
@@ -61,20 +65,35 @@ class Returns:
         """
         return _interval(self.of(name).get("return") - self.episodes[0].get("return"), self.confidence)
 
+    def against_controls(self, name: str) -> tuple[float, float, float]:
+        """Mean over the seeds of ``return[name] -`` the mean of its controls' returns, and its confidence interval.
+
+        What is left of the effect when a change of the same size in another direction is taken off.
+
+        Raises:
+            BadValue: the variant has no controls.
+        """
+        others = self.controls.get(name, ())
+        if not others:
+            raise BadValue(f"the variant {name!r} has no controls", fix="compare_returns(..., controls=5)")
+        mean = torch.stack([self.of(other).get("return") for other in others]).mean(0)
+        return _interval(self.of(name).get("return") - mean, self.confidence)
+
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Headers and rows of the table, as text."""
-        flips = self.episodes.get("flips", None)
+        shares = {"open-loop flips": "flips", "total variation": "total_variation"}
+        measured = list(self.episodes.keys())
+        open_loop = {title: self.episodes.get(key) for title, key in shares.items() if key in measured}
         finished = self.episodes.get("finished", None)
         cut = None if finished is None or bool(finished.all()) else ~finished
         headers = ["variant", "mean return", "difference", f"{100 * self.confidence:g}% interval"]
-        headers += ["open-loop flips"] * (flips is not None) + ["cut episodes"] * (cut is not None)
+        headers += [*open_loop, *["cut episodes"] * (cut is not None)]
         rows = []
         for number, name in enumerate(self.names):
             mean, low, high = self.difference(name)
             row = [name, f"{self.mean(name)[0]:.1f}"]
             row += [f"{mean:+.1f}", f"[{low:+.1f}, {high:+.1f}]"] if number else ["", ""]
-            if flips is not None:
-                row.append(f"{100 * float(flips[number].mean()):.1f}%" if number else "")
+            row += [f"{100 * float(share[number].mean()):.1f}%" if number else "" for share in open_loop.values()]
             if cut is not None:
                 row.append(str(int(cut[number].sum())))
             rows.append(row)
@@ -100,6 +119,7 @@ def compare_returns(
     max_steps: int = 1000,
     greedy: bool = True,
     flip_rate: bool = False,
+    controls: int = 0,
     confidence: float = 0.95,
     progress: Callable[[str, float, str], None] | None = None,
 ) -> Returns:
@@ -123,14 +143,17 @@ def compare_returns(
         max_steps: an episode is cut after so many steps, 1000 by default (the result tells which were).
         greedy: act deterministically (the default). ``False`` samples, with the same torch seed for each variant.
         flip_rate: also replay each variant on the states that the baseline visited, and record how often it would
-            have acted differently.
+            have acted differently, and how far its action probabilities are from the baseline's (total variation).
+        controls: for each variant that is a mapping, so many variants more whose edits move every row as far, in
+            another direction (:class:`~tdconcepts.hooks.MatchedNorm`); 0 by default.
         confidence: of the intervals; 0.95 by default.
         progress: called as ``progress(stage, done in [0, 1], note)``.
 
     Raises:
         BadValue: no seeds, a variant named as the baseline, an environment that doesn't repeat its start states for a
             seed, a reward that is not one number for each environment.
-        BadType: a variant of another kind; ``flip_rate`` with a policy that has no ``in_keys``.
+        BadType: a variant of another kind; ``flip_rate`` with a policy that has no ``in_keys``; ``controls`` of a
+            variant that is no mapping.
 
     Source: saliency turned into a closed-loop counterfactual after Atrey et al. 2020, "Exploratory not explanatory".
     """
@@ -138,10 +161,10 @@ def compare_returns(
         raise BadValue(f"a variant is named {BASELINE!r}", needed="another name: this one is the baseline's")
     if not 0.0 < confidence < 1.0:
         raise BadValue("confidence is out of range", got=confidence, needed="a number in (0, 1)", fix="confidence=0.95")
-    named: dict[str, Any] = {BASELINE: policy, **variants}
+    named, controlled = _with_controls({BASELINE: policy, **variants}, controls)
     record = _state_keys(policy) if flip_rate else []
     results: list[TensorDictBase] = []
-    reference = Visited()
+    reference, probabilities = Visited(), None
     for number, (name, variant) in enumerate(named.items()):
         if progress is not None:
             progress("closed-loop test", number / len(named), name)
@@ -158,11 +181,16 @@ def compare_returns(
                     fix="seed every source of randomness in its _set_seed",
                 )
             if flip_rate:
-                episodes.set("flips", _flips(acting, reference, env.action_key, greedy)[: len(seeds)])
+                replayed = _replayed(acting, reference, env.action_key, greedy)
+                probabilities = probabilities if results else replayed.probabilities
+                episodes.set("flips", replayed.flips[: len(seeds)])
+                if probabilities is not None and replayed.probabilities is not None:
+                    moved = _total_variation(probabilities, replayed.probabilities, reference)
+                    episodes.set("total_variation", moved[: len(seeds)])
         results.append(episodes)
     if progress is not None:
         progress("closed-loop test", 1.0, "")
-    return Returns(tuple(named), torch.stack(results), confidence)
+    return Returns(tuple(named), torch.stack(results), confidence, controlled)
 
 
 def student_t(confidence: float, degrees: int) -> float:
@@ -214,15 +242,65 @@ def _state_keys(policy: Any) -> list[Any]:
     return list(keys)
 
 
-def _flips(acting: Policy, visited: Visited, action_key: Any, greedy: bool) -> Tensor:
-    shares = []
+class _Replayed(NamedTuple):
+    """What a variant does on states that were visited: by episode, and its action probabilities by state."""
+
+    flips: Tensor
+    probabilities: list[Tensor] | None
+
+
+def _replayed(acting: Policy, visited: Visited, action_key: Any, greedy: bool) -> _Replayed:
+    shares, found = [], []
     for states, alive, logged in zip(visited.states, visited.alive, visited.actions, strict=True):
         with torch.no_grad(), interaction(greedy), torch.random.fork_rng(devices=[]):
-            action = acting(states.reshape(-1).copy()).get(action_key).reshape(logged.shape)
+            out = acting(states.reshape(-1).copy())
+        action = out.get(action_key).reshape(logged.shape)
         same = torch.isclose(action, logged) if logged.is_floating_point() else action == logged
         other = (~same).reshape(*alive.shape, -1).any(-1).cpu()
         shares.append((other & alive).sum(0) / alive.sum(0))
-    return torch.cat(shares)
+        found.append(_probabilities(acting, out))
+    kept = [one.cpu() for one in found if one is not None]
+    return _Replayed(torch.cat(shares), kept if len(kept) == len(found) else None)
+
+
+def _probabilities(acting: Policy, out: TensorDictBase) -> Tensor | None:
+    """Of all actions, ``[n, A]``, where the policy draws one of them by a distribution that has them."""
+    inside = acting.modules() if isinstance(acting, torch.nn.Module) else ()
+    drawing = [module for module in inside if isinstance(module, ProbabilisticTensorDictModule)]
+    probabilities = getattr(drawing[-1].get_dist(out), "probs", None) if drawing else None
+    return probabilities if isinstance(probabilities, Tensor) and probabilities.ndim == out.ndim + 1 else None
+
+
+def _total_variation(base: list[Tensor], other: list[Tensor], visited: Visited) -> Tensor:
+    """Half the sum of absolute differences, averaged over each episode's steps."""
+    means = []
+    for one, two, alive in zip(base, other, visited.alive, strict=True):
+        far = 0.5 * (one - two).abs().sum(-1).reshape(alive.shape)
+        means.append((far * alive).sum(0) / alive.sum(0))
+    return torch.cat(means)
+
+
+def _with_controls(named: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """The variants, each followed by its controls, and which are whose."""
+    if count < 0:
+        raise BadValue("a negative number of controls", got=count, needed="controls >= 0")
+    found: dict[str, Any] = {}
+    whose: dict[str, tuple[str, ...]] = {}
+    for name, variant in named.items():
+        found[name] = variant
+        if not count or name == BASELINE:
+            continue
+        if not isinstance(variant, Mapping):
+            raise BadType(
+                f"no controls of the variant {name!r}",
+                got=type(variant).__name__,
+                needed="a mapping {key or Site: edit}",
+                fix="variants of another kind in a call of their own, with controls=0",
+            )
+        whose[name] = tuple(f"{name}: control {seed}" for seed in range(count))
+        for seed, other in enumerate(whose[name]):
+            found[other] = {where: MatchedNorm(edit, seed) for where, edit in variant.items()}
+    return found, whose
 
 
 def _same_starts(left: Visited, right: Visited) -> bool:

@@ -7,10 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import Ablate, Patch, Scale, Site, patch
+from tdconcepts.hooks.controls import _rotation
 from tdconcepts.rl.returns import Returns, compare_returns, student_t
 
 
@@ -126,6 +132,62 @@ def test_flip_rate_is_open_loop_on_the_baselines_states():
     result = compare_returns(Echo(), policy(), {"zero": {"z": Scale(0.0)}}, seeds=[0, 0, 5], flip_rate=True)
     assert result.of("zero")["flips"].tolist() == [0.0, 0.0, 1.0]
     assert result.of("unpatched")["flips"].tolist() == [0.0, 0.0, 0.0]
+
+
+class Coin:
+    """Two slots, two steps an episode; the observation is the logit of action 1 against 0."""
+
+    batch_size, action_key, reward_key, done_keys = torch.Size([2]), "action", "reward", ["done"]
+
+    def set_seed(self, seed):
+        self.seed = seed
+
+    def reset(self):
+        z = torch.tensor([[1.0, -2.0], [0.5, 3.0]]) * (1 + self.seed)
+        return TensorDict({"observation": z, "time": torch.zeros(2)}, batch_size=[2])
+
+    def step_and_maybe_reset(self, td):
+        time = td["time"] + 1
+        reward = td["action"].double().unsqueeze(-1)
+        td["next"] = TensorDict({"reward": reward, "done": (time == 2).unsqueeze(-1)}, batch_size=[2])
+        return td, TensorDict({"observation": td["observation"], "time": time % 2}, batch_size=[2])
+
+
+def drawn():
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(torch.nn.Identity(), ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=torch.distributions.Categorical),
+    )
+
+
+def test_total_variation():
+    result = compare_returns(Coin(), drawn(), {"half": {"logits": Scale(0.5)}}, seeds=[0, 1], flip_rate=True)
+    z = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    far = (z.softmax(-1) - (0.5 * z).softmax(-1)).abs().sum(-1) / 2
+    torch.testing.assert_close(result.of("half")["total_variation"], far)
+    assert result.of("half")["flips"].tolist() == [0.0, 0.0]
+    assert "total variation" in result.table()
+    silent = compare_returns(Echo(), policy(), {"zero": {"z": Scale(0.0)}}, seeds=[0], flip_rate=True)
+    assert "total_variation" not in list(silent.episodes.keys())
+
+
+def test_controls_move_as_far():
+    vectors = TensorDictModule(lambda o: torch.cat([o, 0 * o], -1), ["observation"], ["z"])
+    actor = TensorDictSequential(vectors, TensorDictModule(lambda z: z[..., 0], ["z"], ["action"]))
+    result = compare_returns(Echo(), actor, {"zero": {"z": Scale(0.0)}}, seeds=[5, 7], controls=2)
+    assert result.names == ("unpatched", "zero", "zero: control 0", "zero: control 1")
+    assert result.controls == {"zero": ("zero: control 0", "zero: control 1")}
+    for seed, name in enumerate(result.controls["zero"]):
+        cosine = _rotation(2, seed)[0, 0]
+        torch.testing.assert_close(result.of(name)["return"], 15 * (1 - cosine).repeat(2), atol=1e-4, rtol=0)
+    others = torch.stack([result.of(name)["return"] for name in result.controls["zero"]]).mean(0)
+    assert result.against_controls("zero")[0] == pytest.approx(float((0 - others).mean()))
+    with pytest.raises(BadValue, match="no controls"):
+        result.against_controls("unpatched")
+    with pytest.raises(BadType, match="no controls"):
+        compare_returns(Echo(), actor, {"other": actor}, seeds=[1], controls=1)
+    with pytest.raises(BadValue, match="negative"):
+        compare_returns(Echo(), actor, {}, seeds=[1], controls=-1)
 
 
 def test_flips_do_not_count_what_comes_after_the_episode():
