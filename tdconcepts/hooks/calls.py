@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue, nearest
-from tdconcepts.hooks.flows import depends, operation_name, tensors
+from tdconcepts.hooks.flows import by_formula, depends, operation_name, tensors
 
 __all__ = ["CONVENTIONS", "Call", "Convention", "check_convention", "refuse_middle"]
 
@@ -32,17 +32,28 @@ class Call:
 
     ``report``: what is told of the propagation, if anything is. ``before``: the ruled call whose output is the first
     argument: its rule, the call, and that output. ``folded``: a scale and a shift of each channel, which count as part
-    of the layer.
+    of the layer. ``written``: what has been made of the output by what passes relevance on as it is, if anything: then
+    this value gets the backward pass. ``found``: what a rule wants to know when it sees the call again.
     """
 
-    __slots__ = ("args", "before", "convention", "ends", "folded", "function", "kwargs", "name", "output")
-    __slots__ += ("report", "safe")
+    __slots__ = ("_inputs", "args", "before", "convention", "ends", "folded", "found", "function", "how", "kwargs")
+    __slots__ += ("name", "output", "report", "safe", "written")
 
     def __init__(self, name: str, function: Any, args: Any, kwargs: Any, output: Any, how: Any) -> None:
         self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
+        self.how = how.how if isinstance(how, Call) else how
         self.convention, self.ends, self.safe, self.report = how.convention, how.ends, how.safe, how.report
         self.before: tuple[Any, Call, Any] | None = None
         self.folded: tuple[Tensor, Tensor] | None = None
+        self.found: Any = None
+        self.written: Tensor | None = None
+        self._inputs: list[Tensor] | None = None
+
+    def passed_on(self, value: Tensor) -> Call:
+        """The same call, of whose output ``value`` has been made."""
+        call = Call(self.name, self.function, self.args, self.kwargs, self.output, self.how)
+        call.folded, call.found, call.written = self.folded, self.found, value
+        return call
 
     @property
     def module(self) -> nn.Module | None:
@@ -52,7 +63,9 @@ class Call:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors it was given that the explained entry may have a part in."""
-        return [value for value in tensors((self.args, self.kwargs)) if depends(value)]
+        if self._inputs is None:
+            self._inputs = [value for value in tensors((self.args, self.kwargs)) if depends(value)]
+        return self._inputs
 
     @property
     def carries_relevance(self) -> bool:
@@ -60,7 +73,8 @@ class Call:
         return self.convention == "relevance"
 
     def saved(self, value: Tensor) -> Tensor:
-        """``value``, or a copy where an in-place operation may follow."""
+        """``value`` as a formula may keep it: a copy where an in-place operation may follow."""
+        value = value.detach() if self.how.lean else value
         return value if self.safe else value.clone()
 
     def cannot(self, rule: object, why: str, fix: str | None = None) -> BadValue:
@@ -91,7 +105,7 @@ def refuse_middle(call: Call, rule: object) -> None:
         if node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "_ByFormulaBackward" and not getattr(node.formula, "reads_only", False):  # type: ignore[attr-defined]
+        if by_formula(node) and not getattr(node.formula, "reads_only", False):  # type: ignore[attr-defined]
             raise BadValue(
                 f"{type(rule).__name__} ends the propagation, but stands in the middle of the model",
                 got=f"{rule!r} at {call.name!r}, above other rules, in the gradient convention",

@@ -11,11 +11,13 @@ from torch.compiler import is_compiling
 
 __all__ = [
     "backward_by",
+    "by_formula",
     "changed",
     "depends",
     "is_inplace",
     "operation_name",
     "overwritable",
+    "overwrite",
     "tensors",
     "under_vmap",
     "untransformed",
@@ -43,6 +45,24 @@ class _ByFormula(torch.autograd.Function):
         return (None, None, None, None, *found, *[None] * ctx.rest)
 
 
+class _ByFormulaAtOnce(torch.autograd.Function):
+    """The same without a ``setup_context``, for which torch looks at the signature in each call, which takes longer."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor
+    ) -> Tensor:
+        _ByFormula.setup_context(ctx, (formula, count, keep, value, *given), value)
+        ctx.set_materialize_grads(False)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, flow: Tensor | None) -> tuple[Any, ...]:
+        if flow is None:  # where a value was only kept, not passed on
+            return (None,) * len(ctx.needs_input_grad)
+        return _ByFormula.backward(ctx, flow)
+
+
 def backward_by(
     formula: Callable[..., tuple[Any, ...]], value: Tensor, inputs: list[Tensor], *saved: Tensor, keep: bool = True
 ) -> Tensor:
@@ -60,9 +80,42 @@ def backward_by(
         tensor([1., 2.])
     """
     given = [*inputs, *saved]
+    kind: Any = _ByFormula
     if is_compiling():  # which can't trace one tensor given twice
         given = [t.clone() if any(t is other for other in given[:i]) else t for i, t in enumerate(given)]
-    return _ByFormula.apply(formula, len(inputs), keep, value.detach(), *given)
+    elif not torch._C._are_functorch_transforms_active():
+        kind = _ByFormulaAtOnce
+    found: Tensor = kind.apply(formula, len(inputs), keep, value.detach(), *given)
+    return found
+
+
+class _Overwrite(torch.autograd.Function):
+    """As ``copy_``, after which nothing flows to what was there, where ``copy_`` lets zeros flow."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.mark_dirty(target)
+        return target.copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, flow: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, flow
+
+
+def overwrite(target: Tensor, value: Tensor) -> Tensor:
+    """``target``, with the numbers and the graph of ``value``."""
+    if target._base is not None or target.grad_fn is None or not untransformed(target):
+        return target.copy_(value)
+    found: Tensor = _Overwrite.apply(target, value)  # type: ignore[no-untyped-call]
+    return found
+
+
+def by_formula(node: Any) -> bool:
+    """Whether a node of a graph is one of :func:`backward_by`."""
+    return type(node) in _NODES
+
+
+_NODES = (_ByFormula._backward_cls, _ByFormulaAtOnce._backward_cls)  # type: ignore[attr-defined]
 
 
 def operation_name(func: Callable[..., Any]) -> str:
@@ -112,22 +165,22 @@ def depends(value: Any) -> bool:
         value = under_vmap(value)
         if not value.requires_grad or isinstance(value, nn.Parameter):
             return False
-    nodes: list[Any] = [value.grad_fn]
-    seen = 0
-    if nodes[0] is None:
+    node = value.grad_fn
+    if node is None or type(node) in _NODES:
         return True
+    nodes: list[Any] = [node]
+    seen = 0
     while nodes and seen < 8:  # made of parameters, the graph is small: a weight's square, its normalisation
         node = nodes.pop()
         seen += 1
-        if type(node).__name__.startswith(("_ByFormula", "Embedding")):  # tokens, not parameters alone
+        if type(node) in _NODES or type(node).__name__.startswith("Embedding"):  # tokens, not parameters alone
             return True
-        if type(node).__name__ == "AccumulateGrad":
-            if not isinstance(node.variable, nn.Parameter):
+        below = node.next_functions
+        if not below:
+            if not isinstance(getattr(node, "variable", None), nn.Parameter):
                 return True
             continue
-        nodes += [below for below, _ in node.next_functions if below is not None]
-        if not node.next_functions:
-            return True
+        nodes += [other for other, _ in below if other is not None]
     return bool(nodes)
 
 

@@ -145,6 +145,7 @@ class Run:
     def end(self) -> None:
         """Forget the call that has ended."""
         self.td, self.active = None, False
+        self.store.pop("last call", None)
 
     def anew(self, run: Run) -> Run:
         """What this standing run is for the time of ``run``, which may reach stages without calling the model."""
@@ -185,6 +186,7 @@ class Run:
                     needed="a site that says which call",
                     fix=f'Site({place.name!r}, call=0), call=-1 or call="all"',
                 )
+            self.store.pop("last call", None)  # its output is read, so it is no mere link of rules: see Rules
             value = tree if place.leaf is None and isinstance(tree, Tensor) else get_leaf(place, tree)
             changed = step.act(value, self)
             if changed is not value:

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.calls import CONVENTIONS, Call, Convention, check_convention, refuse_middle
 from tdconcepts.hooks.contexts import active
-from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, tensors
+from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, overwrite, tensors
 from tdconcepts.hooks.hooked import Hooked
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.programs import Programs, _Adds
@@ -27,10 +27,11 @@ __all__ = ["Call", "Convention", "Rule", "Rules", "check_convention"]
 class _How:
     """How the rules of one binding are carried out."""
 
-    __slots__ = ("convention", "ends", "report", "safe")
+    __slots__ = ("convention", "ends", "joins", "lean", "report", "safe")
 
-    def __init__(self, convention: Convention, ends: str, safe: bool, report: Any = None) -> None:
-        self.convention, self.ends, self.safe, self.report = convention, ends, safe, report
+    def __init__(self, rules: Rules, safe: bool) -> None:
+        self.convention, self.ends, self.report, self.safe = rules.convention, rules.ends, rules.report, safe
+        self.lean, self.joins = rules.lean, rules.lean and rules.report is None and rules.convention == "gradient"
 
 
 class Rule:
@@ -39,12 +40,16 @@ class Rule:
     ``forms``: the conventions it has a form in. ``scaled``: in the relevance convention the engine scales what flows
     into each input by that input, and the rule gives only the ratio. ``terminal``: its relevance is not proportional to
     the input, so in the gradient convention it ends the propagation. ``reads_before``: it asks which call came before.
+    ``passes_on``: relevance passes from its output to its one input as it is, and ``takes_on``: it can start from the
+    relevance of a value that such a rule has made of its output (:attr:`Call.written`); see :class:`Rules`, ``lean``.
     """
 
     forms: ClassVar[tuple[Convention, ...]] = CONVENTIONS
     scaled: ClassVar[bool] = False
     terminal: ClassVar[bool] = False
     reads_before: ClassVar[bool] = False
+    passes_on: ClassVar[bool] = False
+    takes_on: ClassVar[bool] = False
 
     def carry(self, call: Call) -> Any:
         """The output of ``call``, with the backward pass of this rule."""
@@ -54,8 +59,8 @@ class Rule:
         """What an operation is called with, in the place of what it was given."""
         return args, kwargs
 
-    def is_plain(self, convention: Convention) -> bool:
-        """Whether it is the ordinary backward pass, so that a layer needs no tap."""
+    def is_plain(self, convention: Convention, name: str = "") -> bool:
+        """Whether it is the ordinary backward pass, so that a layer needs no tap; ``name``: of an operation."""
         return False
 
     def on(self, module: nn.Module, convention: Convention | None = None) -> Any:
@@ -103,6 +108,10 @@ class Rules(_Adds):
         ends: see :class:`Call`.
         report: ``report(name, rule, side, flow, *value)`` is told what flows out of (``"in"``) and into (``"out"``)
             each rule: relevance, or its ratio to the value that is given then.
+        lean: whether first derivatives are wanted only, and only of what steps of the plan read. Then nothing is kept
+            for second ones; and in the gradient convention a layer and what passes relevance on to it (a batch norm,
+            an activation) become one step: there is no quotient in between, and nothing flows at the layer's own
+            output.
     """
 
     modules: tuple[tuple[str, Rule], ...]
@@ -112,6 +121,7 @@ class Rules(_Adds):
     unknown: Any = None
     ends: str = "relevance"
     report: Callable[..., None] | None = None
+    lean: bool = False
     in_keys: ClassVar[tuple[Any, ...]] = ()
 
     def on(self, module: nn.Module) -> Any:
@@ -132,7 +142,7 @@ class Rules(_Adds):
                 chosen[place.module] = (place, rule)
         self._check_forms([(place.name, rule) for place, rule in chosen.values()])
         safe = all(map(_overwrites_nothing, module.modules()))
-        how = _How(self.convention, self.ends, safe, self.report)
+        how = _How(self, safe)
         steps = []
         taken = [pair for pair in chosen.values() if not pair[1].is_plain(self.convention) or self.report or self.first]
         for place, rule in taken:
@@ -223,8 +233,7 @@ class _Leave:
         args, kwargs = run.store.pop(("given", self), given)
         call = Call(self.place.name, self.place.module, args, kwargs, tree, self.how)
         call.before = run.store.pop(("before", self), None)
-        if rule.terminal and self.how.convention == "gradient":
-            refuse_middle(call, rule)
+        rule, call = joined(rule, call)
         output = watched(carried(rule, call), self.how, self.place.name, rule, "out")
         run.store["last call"] = (rule, call, output)
         return output
@@ -255,23 +264,49 @@ class _Operate:
         if self.first is not None and "first layer" not in run.store and self.first[0](name):
             run.store["first layer"] = name
             rule = self.first[1]
-        target = args[0] if is_inplace(func) or kwargs.get("inplace") is True else None
+        inplace, first = is_inplace(func), args[0] if args else None
+        target = first if inplace or kwargs.get("inplace") is True else None
+        last = run.store.pop("last call", None)
+        before = last if last is not None and first is last[2] else None
+        if before is None or not joins(rule, before, self.how):
+            plain = rule.is_plain(self.how.convention, name)
+            if plain and target is None and self.how.report is None:
+                return func(*args, **kwargs)
+            if target is not None and not plain:
+                args = (target.clone(), *args[1:])  # a rule may want what is written over
         if target is not None and "inplace" in kwargs:
             kwargs = {**kwargs, "inplace": False}
-        if target is not None:
-            args = (target.clone(), *args[1:])
         shown = name if self.how.report is None else _numbered(name, run)
         given = (args, kwargs) = watched((args, kwargs), self.how, shown, rule, "in")
         if rule.scaled and self.how.convention == "relevance":
             args, kwargs = changed(given, _Scale())
         args, kwargs = rule.prepare(name, args, kwargs)
-        output = func(*((args[0].clone(), *args[1:]) if target is not None else args), **kwargs)
-        if any(value.is_floating_point() for value in tensors(output)):
-            call = Call(name, func, args, kwargs, output, self.how)
-            if rule.terminal and self.how.convention == "gradient":
-                refuse_middle(call, rule)
-            output = watched(carried(rule, call), self.how, shown, rule, "out")
-        return output if target is None else target.copy_(output)
+        output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
+        if not any(value.is_floating_point() for value in tensors(output)):
+            return output if target is None else overwrite(target, output)
+        call = Call(name, func, args, kwargs, output, self.how)
+        call.before = before
+        rule, call = joined(rule, call)
+        output = watched(carried(rule, call), self.how, shown, rule, "out")
+        output = output if target is None else overwrite(target, output)
+        run.store["last call"] = (rule, call, output)
+        return output
+
+
+def joins(rule: Rule, before: tuple[Rule, Call, Any], how: _How) -> bool:
+    """Whether ``rule`` and that of the call before become one step."""
+    return how.joins and rule.passes_on and before[0].takes_on
+
+
+def joined(rule: Rule, call: Call) -> tuple[Rule, Call]:
+    """The rule and the call to carry: those of the call before, if both become one step."""
+    if call.before is not None and joins(rule, call.before, call.how):
+        other, before, _ = call.before
+        if isinstance(call.output, Tensor) and call.output.shape == before.output.shape:
+            return other, before.passed_on(call.output)
+    if rule.terminal and not call.carries_relevance:
+        refuse_middle(call, rule)
+    return rule, call
 
 
 def watched(tree: Any, how: _How, name: str, rule: Rule, side: str) -> Any:

@@ -54,6 +54,7 @@ class FlatRule(Rule):
 
     epsilon: Stabilizing = 1e-6
     terminal: ClassVar[bool] = True
+    takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
@@ -115,6 +116,7 @@ class WSquareRule(Rule):
     epsilon: Stabilizing = 1e-6
     zero_params: tuple[str, ...] = ()
     terminal: ClassVar[bool] = True
+    takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
@@ -164,6 +166,7 @@ class ZBoxRule(Rule):
     epsilon: Stabilizing = 1e-6
     zero_params: tuple[str, ...] = ()
     terminal: ClassVar[bool] = True
+    takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
@@ -197,10 +200,10 @@ def _zbox(by: Stabilizing, view: Affine, low: Tensor, high: Tensor, share: Tenso
 
 
 def _ended(call: Call, x: Tensor, formula: Any) -> Tensor:
-    z = call.output
+    value = call.output if call.written is None else call.written
     if call.carries_relevance:
-        return backward_by(functools.partial(_relevance, formula), z, [x])
-    return backward_by(functools.partial(_from_gradient, formula, call.ends), z, [x], call.saved(z))
+        return backward_by(functools.partial(_relevance, formula), value, [x])
+    return backward_by(functools.partial(_from_gradient, formula, call.ends), value, [x], call.saved(value))
 
 
 def _relevance(formula: Any, flow: Tensor, x: Tensor) -> tuple[Tensor]:

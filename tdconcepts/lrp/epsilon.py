@@ -48,7 +48,7 @@ class EpsilonRule(Rule):
         if isinstance(self.zero_params, str):
             object.__setattr__(self, "zero_params", (self.zero_params,))
 
-    def is_plain(self, convention: str) -> bool:
+    def is_plain(self, convention: str, name: str = "") -> bool:
         """LRP-0 is the ordinary gradient in the gradient convention."""
         return convention == "gradient" and self.epsilon == 0 and not self.zero_params
 
@@ -139,7 +139,7 @@ class UniformEpsilonRule(EpsilonRule):
         [tensor([2.]), tensor([2.])]
     """
 
-    def is_plain(self, convention: str) -> bool:
+    def is_plain(self, convention: str, name: str = "") -> bool:
         """Never: it divides by the number of inputs."""
         return False
 

@@ -105,7 +105,8 @@ class LRP(Replaceable, TensorDictModuleBase):
         if start not in ("value", "ones"):
             raise BadValue("no such start", got=f"start={start!r}", needed='"value" or "ones"')
         self.report = Conservation() if options.get("check") else None
-        rules = composite.rules_for(module, self.convention, ends="ratio", report=self.report)
+        lean = not options.get("create_graph", False)
+        rules = composite.rules_for(module, self.convention, ends="ratio", report=self.report, lean=lean)
         self._ends = any(rule.terminal for _, rule in rules.modules) or (
             rules.first is not None and rules.first[1].terminal
         )

@@ -46,9 +46,14 @@ class PassRule(Rule):
     """
 
     epsilon: Stabilizing = 1e-6
+    passes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
+
+    def is_plain(self, convention: str, name: str = "") -> bool:
+        """In the gradient convention a rectifier's own gradient passes relevance on."""
+        return convention == "gradient" and name == "relu"
 
     def carry(self, call: Call) -> Tensor:
         """One input and one output of one shape."""
@@ -269,9 +274,14 @@ class PseudoIdentityRule(Rule):
 
     epsilon: float = 1e-6
     forms: ClassVar[Any] = ("gradient", "relevance")
+    passes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
+
+    def is_plain(self, convention: str, name: str = "") -> bool:
+        """As :class:`PassRule`."""
+        return convention == "gradient" and name == "relu"
 
     def carry(self, call: Call) -> Tensor:
         """An elementwise function."""

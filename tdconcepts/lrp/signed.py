@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ class AlphaBetaRule(Rule):
     beta: float = 1.0
     epsilon: Stabilizing = 1e-6
     zero_params: tuple[str, ...] = ()
+    takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
@@ -101,6 +102,7 @@ class ZPlusRule(Rule):
 
     epsilon: Stabilizing = 1e-6
     zero_params: tuple[str, ...] = ()
+    takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
@@ -142,6 +144,7 @@ class GammaRule(Rule):
     gamma: float = 0.25
     epsilon: Stabilizing = 1e-6
     zero_params: tuple[str, ...] = ()
+    takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.gamma >= 0:
@@ -154,13 +157,17 @@ class GammaRule(Rule):
 
 
 def _by_sides(rule: AlphaBetaRule | ZPlusRule | GammaRule, call: Call, formula: Callable[..., Tensor]) -> Tensor:
-    view = affine(call, rule, rule.zero_params)
-    z = call.output
-    positive = _is_positive(view.x)
-    simple = positive and isinstance(rule, ZPlusRule)
-    saved = [] if simple and call.carries_relevance else [call.saved(z)]
-    flow = functools.partial(_flow, formula, view, positive, call.carries_relevance, bool(rule.zero_params))
-    return backward_by(flow, z, [view.x], *saved)
+    if call.found is None:
+        view = affine(call, rule, rule.zero_params)
+        call.found = view, _is_positive(view.x)
+    view, positive = call.found
+    z, changes = call.output, bool(rule.zero_params)
+    value = z if call.written is None else call.written
+    saved = [] if call.carries_relevance else [call.saved(value)]  # of which the flow is a ratio
+    if not (changes or (positive and isinstance(rule, ZPlusRule))) and (call.carries_relevance or value is not z):
+        saved.append(call.saved(z))
+    flow = functools.partial(_flow, formula, view, positive, call.carries_relevance, changes)
+    return backward_by(flow, value, [view.x], *saved)
 
 
 def _is_positive(x: Tensor) -> bool:
@@ -176,10 +183,11 @@ def _flow(
     changes: bool,
     flow: Tensor,
     x: Tensor,
-    z: Any = None,
+    *saved: Tensor,
 ) -> tuple[Tensor]:
     """From the flow out to the flow in: both are relevance, or both its ratio to the activation."""
-    share = _Share(flow, None if relevance else z, overwritable(flow))
+    share = _Share(flow, None if relevance else saved[0], overwritable(flow))
+    z = saved[-1] if saved else None
     if changes:  # some parameters count as zero
         z = view.push(x, view.weight, view.bias)
     ratio = formula(share, x, z, view, positive)
