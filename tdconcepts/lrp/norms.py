@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdconcepts.hooks.flows import backward_by
+from tdconcepts.hooks.flows import backward_by, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.stabilizers import Stabilizing, stabilized
 
@@ -103,9 +103,17 @@ class RMSNormRule(Rule):
             raise call.cannot(self, "it does not scale its one input", "LayerNormRule or EpsilonRule")
         if call.carries_relevance:
             return backward_by(lambda flow: (flow,), z, inputs, keep=False)
-        return backward_by(_scaled, z, inputs, call.saved(z))
+        (x,), saved = inputs, call.saved(z)
+        if untransformed(x) and not bool((x.detach() == 0).any()):
+            return backward_by(_scaled, z, [x], saved)
+        return backward_by(_scaled_at_zeros, z, [x, z], x, saved, keep=False)  # at 0 its derivative is the scale
 
 
 def _scaled(flow: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor]:
-    ratio = z / torch.where(x == 0, 1.0, x)
-    return (flow * torch.where(x == 0, 0.0, ratio),)
+    return (flow * (z / x),)
+
+
+def _scaled_at_zeros(flow: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    zero = x == 0
+    ratio = torch.where(zero, 0.0, z / torch.where(zero, 1.0, x))
+    return flow * ratio, torch.where(zero, flow, 0.0)

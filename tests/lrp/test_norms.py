@@ -83,8 +83,14 @@ def test_rms_norm_in_both_conventions():
     x, r = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     (ratio,) = relevance(RMSNormRule(), layer, [x], r / layer(x).detach(), "gradient")
     close(x * ratio, r)
-    x[0, 0] = 0
-    assert relevance(RMSNormRule(), layer, [x], r, "gradient")[0].isfinite().all()
+    for some in ((0, 0), (slice(None), 1), (1, slice(None))):
+        x[some] = 0
+        scale = layer.weight * (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).rsqrt()
+        close(relevance(RMSNormRule(), layer, [x], r, "gradient")[0], r * scale)
+    several = torch.vmap(lambda r: pulled(r)[0])
+    with RMSNormRule().on(layer) as m:
+        _, pulled = torch.func.vjp(m, x)
+        close(several(torch.stack([r, 2 * r]))[1], 2 * r * scale)
 
 
 def test_refusals():
