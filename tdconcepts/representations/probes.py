@@ -18,7 +18,7 @@ class RidgeProbe:
 
     Calling it reads ``z`` ``[*B, C]`` and gives the prediction ``[*B]``. ``direction`` ``[C]`` is ``weight`` at length
     one, ``mean`` ``[C]`` the latent's mean over the training rows: what
-    ``tdconcepts.interventions.RemoveDirection`` takes. ``r2`` is the held-out R^2; ``rows`` the rows that counted.
+    ``tdconcepts.hooks.RemoveDirection`` takes. ``r2`` is the held-out R^2; ``rows`` the rows that counted.
     """
 
     weight: Tensor
