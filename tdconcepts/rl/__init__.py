@@ -13,6 +13,7 @@ from tdconcepts.rl.saliency import Greydanus, Objects, ObjectSaliency, Sarfa, Sp
 from tdconcepts.rl.stages import AgentStages, Stage, agent_stages
 from tdconcepts.rl.sverl import Hidden, Sverl, sverl_outcome
 from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, probability, state_value
+from tdconcepts.rl.temporal import TemporalProbe
 from tdconcepts.rl.times import at_time
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Spots",
     "Stage",
     "Sverl",
+    "TemporalProbe",
     "TrainedAgent",
     "advantage",
     "agent_stages",

@@ -12,9 +12,17 @@ from tdconcepts import Target
 ROWS = []
 
 if importlib.util.find_spec("torchrl") is not None:
-    from tdconcepts.rl import Greydanus, Marked, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl
+    from tdconcepts.rl import Greydanus, Marked, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl, TemporalProbe
+
+    def temporal(w):
+        """A probe that was fitted to rollouts of its own."""
+        generator = torch.Generator().manual_seed(5)
+        z = torch.randn(4, 10, 4, generator=generator, dtype=torch.float64).to(w.device, w.dtype)
+        rollouts = TensorDict({}, batch_size=[4, 10]).set(w("latent"), z).set("y", z[..., 1] + z[..., 2])
+        return TemporalProbe(w("latent"), "y", [0, 1], name="sum").fit(rollouts)
 
     ROWS = [
+        row("TemporalProbe", temporal),
         row(
             "Marked",
             lambda w: Marked(w.model),
