@@ -101,9 +101,14 @@ class TransformerBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-def prepared(net, bias=True, dtype=torch.float64):
-    """In evaluation mode, with random batch-norm statistics; without any bias if asked."""
+def prepared(net, bias=True, dtype=torch.float64, init=False):
+    """In evaluation mode, with random batch-norm statistics; without any bias, and initialised as trained nets are.
+
+    torch's own initialisation lets the values of a VGG shrink from layer to layer.
+    """
     for module in net.modules():
+        if init and isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.uniform_(0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)

@@ -149,3 +149,83 @@ def test_refusals():
     with pytest.raises(BadValue, match="training mode"), AttentionRule().on(training) as m:
         m(x, x, x)
     assert isinstance(Composite({nn.Linear: EpsilonRule()}) | CPLRP(), Composite)
+
+
+class Slow(nn.Module):
+    """An ``nn.MultiheadAttention`` in plain operations."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, q, k, v, attn_mask, key_padding_mask):
+        m = self.module
+        if not m.batch_first:
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        own = (
+            m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+        )
+        biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
+        parts = [F.linear(t, w, b) for t, w, b in zip((q, k, v), own, biases, strict=True)]
+        q, k, v = (t.unflatten(-1, (m.num_heads, -1)).transpose(1, 2) for t in parts)
+        scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(attn_mask, -torch.inf)
+        mixed = scores.masked_fill(key_padding_mask[:, None, None], -torch.inf).softmax(-1) @ v
+        out = m.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out if m.batch_first else out.transpose(0, 1)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("composite", [AttnLRP(), CPLRP()], ids=["AttnLRP", "CPLRP"])
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True}, {"kdim": 5, "vdim": 6, "batch_first": True}, {"kdim": 5, "bias": False}]
+)
+def test_multihead_attention_of_three_inputs(options, composite, convention):
+    torch.manual_seed(0)
+    m = nn.MultiheadAttention(8, 2, dtype=torch.float64, **options)
+    for p in m.parameters():
+        nn.init.normal_(p, std=0.4)
+    shapes = (2, 3, 8), (2, 4, m.kdim), (2, 4, m.vdim)
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs = [(t if m.batch_first else t.transpose(0, 1)).clone().requires_grad_() for t in inputs]
+    masks = {"attn_mask": torch.zeros(3, 4, dtype=torch.bool), "key_padding_mask": torch.zeros(2, 4, dtype=torch.bool)}
+    masks["attn_mask"][0, 1] = masks["key_padding_mask"][1, 2:] = True
+    found = []
+    for module in (m, Slow(m)):
+        with composite.on(module, convention) as ruled:
+            out = ruled(*inputs, **masks)
+        out = out[0] if isinstance(out, tuple) else out
+        start = out.detach() if convention == "relevance" else torch.ones_like(out)
+        found.append(torch.autograd.grad(out, inputs, start, allow_unused=True))
+    for ours, wanted in zip(*found, strict=True):
+        assert (ours is None) is (wanted is None)  # q and k of CP-LRP
+        if wanted is not None:
+            close(ours, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"masked": True}])
+def test_grouped_queries_causal_and_scaled(options, convention):
+    masked = {"attn_mask": (torch.arange(5) < 4).expand(5, 5)} if "masked" in options else {}
+    given = {"enable_gqa": True, **{k: v for k, v in options.items() if k != "masked"}, **masked}
+
+    def fused(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, **given)
+
+    def slow(q, k, v):
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = q @ k.transpose(-1, -2) * options.get("scale", q.shape[-1] ** -0.5)
+        if "is_causal" in options:
+            scores = scores.masked_fill(torch.ones(5, 5, dtype=torch.bool).triu(1), -torch.inf)
+        if masked:
+            scores = scores.masked_fill(~masked["attn_mask"], -torch.inf)
+        return scores.softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, heads, 5, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    found = []
+    for function in (fused, slow):
+        with AttnLRP().on(Fn(function), convention) as m:
+            out = m(q * 1, k * 1, v * 1)
+        start = out.detach() if convention == "relevance" else torch.ones_like(out)
+        found.append(torch.autograd.grad(out, [q, k, v], start))
+    for ours, wanted in zip(*found, strict=True):
+        close(ours, wanted, 1e-6)
