@@ -314,7 +314,7 @@ def _as_costs(cost: Any, names: Sequence[str] | None, count: int | None, budget:
             needed = nearest(unknown[0], names or ()) if unknown else f"a cost for {absent[0]!r} as well"
             raise BadKey("costs are by the names of the concepts", got=list(cost), needed=needed)
         cost = [cost[name] for name in names or ()]
-    numbers = [1.0] if cost is None else list(cost) if isinstance(cost, (Sequence, Tensor)) else [None]
+    numbers: list[Any] = [1.0] if cost is None else list(cost) if isinstance(cost, (Sequence, Tensor)) else [None]
     if not all(isinstance(n, (int, float, Tensor)) and float(n) >= 0 for n in numbers) or not numbers:
         raise BadValue("not the costs of concepts", got=repr(cost), needed="a number of 0 or more for each")
     if cost is not None and count not in (None, len(numbers)):

@@ -249,27 +249,6 @@ def test_copies_and_pickles():
         assert torch.equal(other(data(4))["concepts"], expected)
 
 
-class Corrected(torch.utils.data.Dataset):
-    """Rows that come out of a worker process corrected."""
-
-    def __init__(self, pipeline):
-        self.pipeline = pipeline
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        return self.pipeline(data(8)[index])["concepts"]
-
-
-def test_it_works_in_the_workers_of_a_data_loader():
-    pipeline = InterventionPipeline(UncertaintyPolicy(), GroundTruth("labels"), k=2)
-    loader = torch.utils.data.DataLoader(
-        Corrected(pipeline), batch_size=4, num_workers=2, multiprocessing_context="fork"
-    )
-    assert torch.equal(torch.cat(list(loader)), pipeline(data(8))["concepts"])
-
-
 def network():
     torch.manual_seed(0)
     return TensorDictSequential(
