@@ -36,8 +36,23 @@ class Call:
     this value gets the backward pass. ``found``: what a rule wants to know when it sees the call again.
     """
 
-    __slots__ = ("_inputs", "args", "before", "convention", "ends", "folded", "found", "function", "how", "kwargs")
-    __slots__ += ("name", "output", "report", "safe", "written")
+    __slots__ = (
+        "_inputs",
+        "args",
+        "before",
+        "convention",
+        "ends",
+        "folded",
+        "found",
+        "function",
+        "how",
+        "kwargs",
+        "name",
+        "output",
+        "report",
+        "safe",
+        "written",
+    )
 
     def __init__(self, name: str, function: Any, args: Any, kwargs: Any, output: Any, how: Any) -> None:
         self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output

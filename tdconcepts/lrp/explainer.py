@@ -90,16 +90,21 @@ class LRP(Replaceable, TensorDictModuleBase):
     def __init__(
         self,
         module: TensorDictModuleBase,
-        composite: Composite,
-        target: Target,
+        composite: Composite | None = None,
+        target: Target | None = None,
         wrt: Wrt | list[Wrt] | None = None,
         **options: Unpack[LRPOptions],
     ) -> None:
         super().__init__()
         check_options(options, {**Options.__annotations__, **LRPOptions.__annotations__})
         if not isinstance(composite, Composite):
-            hint = "Composite({nn.Linear: " + repr(composite) + "})" if isinstance(composite, Rule) else "EpsilonPlus()"
-            raise BadType("LRP needs a composite", got=repr(composite), needed="a Composite of rules", fix=hint)
+            hint = f"Composite({{nn.Linear: {composite!r}}})" if isinstance(composite, Rule) else "EpsilonPlus()"
+            raise BadType(
+                "LRP needs a composite, which says what rule is for whom",
+                got=repr(composite),
+                needed="a Composite of rules",
+                fix=f"LRP(module, {hint}, Target(...))",
+            )
         self.convention: Convention = options.get("convention") or composite.convention
         start = options.get("start", "value")
         if start not in ("value", "ones"):
@@ -114,9 +119,10 @@ class LRP(Replaceable, TensorDictModuleBase):
         self._conditions = Conditions(rules, options.get("condition"))
         relevance = self.convention == "relevance"
         plain = not self._conditions.many and start == ("ones" if relevance else "value")
+        what: Any = target
         if isinstance(target, Target) and (not plain or (relevance and (self._delta or self.report is not None))):
-            target = Started(target, start, relevance)
-        self._explaining = Explaining(module, target, wrt, options, self._delta_keys, rules=self._conditions)
+            what = Started(target, start, relevance)
+        self._explaining = Explaining(module, what, wrt, options, self._delta_keys, rules=self._conditions)
         self.module, self.composite = module, composite
         self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
 

@@ -210,8 +210,11 @@ def test_refusals():
     net = mlp()
     with pytest.raises(BadType, match=r"Composite\(\{nn\.Linear"):
         LRP(net, EpsilonRule(), Target("logits", 1))
-    with pytest.raises(BadType, match="needs a composite"):
-        LRP(net, Target("logits", 1), Target("logits", 1))
+    for arguments in ((Target("logits", 1),), (None, Target("logits", 1)), ()):
+        with pytest.raises(BadType, match=r"needs a composite[\s\S]*EpsilonPlus\(\)"):
+            LRP(net, *arguments)
+    with pytest.raises(BadType, match="not a Target"):
+        LRP(net, EpsilonPlus())
     with pytest.raises(BadValue, match="no such start"):
         LRP(net, EpsilonPlus(), Target("logits", 1), start="two")
     with pytest.raises(BadType, match="no option"):
