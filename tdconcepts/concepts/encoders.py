@@ -63,7 +63,7 @@ class ConceptEncoder(BlockStage):
         self.layers = mlp(in_features, hidden, self.concepts.size)
 
     def compute(self, *entries: Tensor) -> Tensor:
-        return self.layers(check_block(entries[0], (self.in_features,), self._read[0]))  # type: ignore[no-any-return]
+        return self.layers(check_block(entries[0], (self.in_features,), self._read[0]))
 
 
 class ExogenousEncoder(BlockStage):

@@ -51,7 +51,7 @@ class LinearPredictor(BlockStage):
         self.linear = nn.Linear(in_features, out_features, bias=bias)
 
     def compute(self, *entries: Tensor) -> Tensor:
-        return self.linear(check_block(entries[0], (self.linear.in_features,), self._read[0]))  # type: ignore[no-any-return]
+        return self.linear(check_block(entries[0], (self.linear.in_features,), self._read[0]))
 
 
 class MixturePredictor(BlockStage):
@@ -96,7 +96,7 @@ class MixturePredictor(BlockStage):
         mixture = entries[0]
         if mixture.ndim < 2:
             raise BadValue("embeddings have two dims", got=list(mixture.shape), needed="[*B, K, E]")
-        return self.head(mixture.flatten(-2) if self.reduce == "concat" else mixture.sum(-2))  # type: ignore[no-any-return]
+        return self.head(mixture.flatten(-2) if self.reduce == "concat" else mixture.sum(-2))
 
 
 class HyperLinearPredictor(BlockStage):

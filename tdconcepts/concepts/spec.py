@@ -94,12 +94,12 @@ class ConceptSpec:
     @property
     def size(self) -> int:
         """The number of columns, C."""
-        return self._size  # type: ignore[attr-defined,no-any-return]
+        return self._size  # type: ignore[attr-defined]
 
     @property
     def runs(self) -> tuple[Run, ...]:
         """The block cut into neighbouring concepts of one kind and cardinality."""
-        return self._runs  # type: ignore[attr-defined,no-any-return]
+        return self._runs  # type: ignore[attr-defined]
 
     @property
     def binary(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch, set_skip_existing
@@ -19,6 +20,8 @@ __all__ = ["BlockStage", "ConceptModel", "as_size", "as_spec", "beside", "check_
 class BlockStage(TensorDictModuleBase):
     """A stage that computes its ``out_keys`` from its ``in_keys``; what it computes is :meth:`compute`.
 
+    Entries of ``optional_keys`` are read where they are there.
+
     =======  ============  ==========================
     reads    ``in_keys``   float tensors ``[*B, ...]``
     writes   ``out_keys``  tensors ``[*B, ...]``
@@ -30,20 +33,25 @@ class BlockStage(TensorDictModuleBase):
         BadValue: for a locked TensorDict.
     """
 
-    def __init__(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> None:
+    def __init__(
+        self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey], optional: Sequence[NestedKey] = ()
+    ) -> None:
         super().__init__()
         self._read, self._write = [as_key(key) for key in in_keys], [as_key(key) for key in out_keys]
         check_writable(self._write)
         self.in_keys, self.out_keys = list(self._read), list(self._write)
+        self.optional_keys = [as_key(key) for key in optional]
 
-    def compute(self, *entries: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """One tensor for each of the ``out_keys``, from the entries of the ``in_keys``."""
+    def compute(self, *entries: Any) -> Tensor | tuple[Tensor, ...]:
+        """One tensor for each of the ``out_keys``, from the entries of the ``in_keys`` and of the ``optional_keys``
+        (None where there is none)."""
         raise NotImplementedError
 
     @dispatch(auto_batch_size=False)
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         entries = [read(tensordict, key) for key in self._read]
+        entries += [tensordict.get(key, None) for key in self.optional_keys]
         if tensordict.is_locked:
             raise BadValue("the TensorDict is locked", got=f"{key_text(self._write[0])} to write", fix="pass td.copy()")
         results = self.compute(*entries)
@@ -104,8 +112,8 @@ def task_head(in_features: int, head: object) -> nn.Module:
     return head
 
 
-def as_spec(concepts: ConceptSpec | Sequence[str]) -> ConceptSpec:
-    """The spec itself, or that of binary concepts with these names."""
+def as_spec(concepts: ConceptSpec | Sequence[str] | int) -> ConceptSpec:
+    """The spec itself, or that of binary concepts with these names (or that many)."""
     return concepts if isinstance(concepts, ConceptSpec) else ConceptSpec(concepts)
 
 

@@ -16,7 +16,7 @@ from tdconcepts.hooks import check_module, cut
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.keys import NestedKey, as_key
 
-__all__ = ["TeacherForcing", "teach"]
+__all__ = ["LabelsAsDo", "TeacherForcing", "teach"]
 
 HOW = {"joint": (0.0, False), "sequential": (0.0, True), "independent": (1.0, True), "randint": (0.25, False)}
 TEACHING = ("teaching", "mask")
@@ -92,6 +92,47 @@ class TeacherForcing(BlockStage):
         return mask, torch.where(mask, value, block.detach() if self.detach else block)
 
 
+class LabelsAsDo(BlockStage):
+    r"""In training, labels are set as ``do`` with a probability: what depends on a concept then sees its label.
+
+    =======  ====================  =========================================
+    reads    ``like``              ``[*B, ...]``: dtype and device
+    reads    ``labels``            ``[*B, K]`` numbers or ``[*B, C]`` columns
+    writes   ``do``                ``[*B, C]``, NaN where nothing is set
+    =======  ====================  =========================================
+
+    Args:
+        concepts: what the columns mean.
+        labels: the entry with the labels.
+        probability: of each concept of each row.
+        generator: what the draws come from. Default: torch's own.
+        keys: the entry ``like`` and the entry to write.
+
+    Examples:
+        >>> stage = LabelsAsDo(ConceptSpec(["wing", "beak"]), probability=1.0)
+        >>> stage(latent=torch.zeros(1, 5), labels=torch.tensor([[1.0, torch.nan]])).tolist()
+        [[1.0, nan]]
+    """
+
+    def __init__(
+        self,
+        concepts: ConceptSpec,
+        labels: NestedKey = "labels",
+        probability: float = 0.25,
+        generator: torch.Generator | None = None,
+        keys: tuple[NestedKey, NestedKey] = ("latent", "do"),
+    ) -> None:
+        super().__init__([keys[0], labels], [keys[1]])
+        self.forcing = TeacherForcing(concepts, labels, probability, generator=generator)
+
+    def compute(self, *entries: Tensor) -> Tensor:
+        like, labels = entries
+        concepts = self.forcing.concepts
+        batch = labels.shape if len(concepts) == 1 and labels.ndim < like.ndim else labels.shape[:-1]
+        nothing = like.new_full((*batch, concepts.size), torch.nan)
+        return self.forcing.compute(nothing, labels)[1]
+
+
 def teach(
     model: TensorDictModuleBase,
     labels: NestedKey = "labels",
@@ -112,7 +153,7 @@ def teach(
     ================  ===========================================================  ====================
 
     The stages are shared with ``model``, not copied: train the pipeline, use the model. In evaluation mode the two
-    compute the same.
+    compute the same. In a graph of concepts the labels are given as ``do``, so that each equation sees them.
 
     Args:
         model: a concept model, which knows its ``concepts``, its ``key`` and its ``space``.
@@ -145,7 +186,7 @@ def teach(
         needed = "a concept model with the attributes concepts (a ConceptSpec) and key"
         raise BadType("the model does not know its concepts", got=type(model).__name__, needed=needed)
     chance, detach = HOW[how]
-    stage: TensorDictModuleBase = TeacherForcing(
+    stage: TeacherForcing | LabelsAsDo = TeacherForcing(
         spec,
         as_key(labels),
         chance if probability is None else probability,
@@ -154,6 +195,14 @@ def teach(
         generator,
         key,
     )
+    do_key = getattr(model, "do_key", None)
+    if do_key is not None:
+        if detach and chance == 0:
+            needed = '"joint", "independent" or "randint"'
+            raise BadValue("a graph of concepts has no rest to train after them", got=repr(how), needed=needed)
+        before, after = cut(model, model.latent_key)
+        stage = LabelsAsDo(spec, as_key(labels), stage.probability, generator, (before[-1].out_keys[-1], do_key))
+        return _named(model, [*before, stage, *after], stage)
     before, after = cut(model, key)
     return _named(model, [*before, stage, *after], stage)
 

@@ -1,21 +1,35 @@
 """The conformance rows of the concepts room."""
 
+import torch
 from tensordict.nn import TensorDictSequential
 from torch import nn
 from world import DIFFERENTIABLE, GENERATOR, STREAM, TENSORDICTS, row, seeded
 
 from tdconcepts.concepts import (
+    CausalBottleneck,
     CompletenessLoss,
+    ConceptActivationVectors,
     ConceptBottleneck,
     ConceptEmbedding,
     ConceptEncoder,
+    ConceptGraph,
     ConceptLoss,
+    ConceptMemoryReasoner,
+    ConceptPrior,
     ConceptSpec,
+    ConceptWhitening,
+    Dag,
     ExogenousEncoder,
+    GraphBottleneck,
     HyperLinearPredictor,
+    LabelsAsDo,
     LeakageLoss,
+    LearnedGraph,
     LinearPredictor,
+    LogicRules,
     MemorySelector,
+    RuleLikelihood,
+    RuleSelector,
     StochasticEncoder,
     TeacherForcing,
     TotalLoss,
@@ -108,5 +122,111 @@ ROWS = [
         detached=DIFFERENTIABLE,
         rows="a correlation over the batch",
         precision="a squared correlation of five rows",
+    ),
+]
+
+DAG = Dag(["wing", "colour", "beak"], [("wing", "colour"), ("beak", "colour")])
+GRAPH_SPEC = ConceptSpec(["wing", "colour", "beak"], [1, 2, 1])
+
+ROWS += [
+    row(
+        "ConceptMemoryReasoner",
+        lambda w: seeded(
+            lambda: ConceptMemoryReasoner(
+                ConceptEncoder(4, 5, keys={w("observation"): w("latent")}), 2, SPEC, 5, 3, key=w("concepts")
+            ),
+            w,
+        ),
+        detached=DIFFERENTIABLE,
+    ),
+    row(
+        "RuleLikelihood after a selector",
+        lambda w: seeded(
+            lambda: TensorDictSequential(
+                RuleSelector(4, 3, 3, keys={w("latent"): w("selection")}),
+                RuleLikelihood(LogicRules(BINARY, 3, 3), [w("selection"), w("labels"), w("labels")]),
+            ),
+            w,
+        ),
+        detached=DIFFERENTIABLE,
+        bad_input=WRITTEN,
+        precision="logarithms of small numbers",
+    ),
+    row(
+        "GraphBottleneck",
+        lambda w: seeded(
+            lambda: GraphBottleneck(
+                ConceptEncoder(4, 5, keys={w("observation"): w("latent")}),
+                DAG,
+                GRAPH_SPEC,
+                in_features=5,
+                key=w("concepts"),
+            ),
+            w,
+        ),
+        detached=DIFFERENTIABLE,
+    ),
+    row(
+        "CausalBottleneck",
+        lambda w: seeded(
+            lambda: CausalBottleneck(
+                ConceptEncoder(4, 5, keys={w("observation"): w("latent")}),
+                DAG,
+                GRAPH_SPEC,
+                in_features=5,
+                embedding_size=3,
+                key=w("concepts"),
+            ),
+            w,
+        ),
+        detached=DIFFERENTIABLE,
+    ),
+    row(
+        "ConceptGraph with a SetStage",
+        lambda w: seeded(
+            lambda: ConceptGraph(
+                {
+                    "b": LinearPredictor(3, 2, {"a": "b"}),
+                    "a": ConceptEncoder(4, 3, keys={w("latent"): "a"}),
+                    "c": LinearPredictor(2, 1, {"b": "c"}),
+                }
+            ).do({"b": torch.tensor([0.5, -0.5])}),
+            w,
+        ),
+        detached=DIFFERENTIABLE,
+    ),
+    row(
+        "LabelsAsDo",
+        lambda w: LabelsAsDo(BINARY, w("labels"), 1.0, w.generator, (w("latent"), w("do"))),
+        compiled=GENERATOR,
+    ),
+    row(
+        "LearnedGraph",
+        lambda w: seeded(LearnedGraph, w, GRAPH_SPEC.names, keys={w("concepts"): w("explained")}),
+        detached=DIFFERENTIABLE,
+    ),
+    row(
+        "ConceptPrior",
+        lambda w: seeded(ConceptPrior, w, SPEC, out_key=w("prior")),
+        detached=DIFFERENTIABLE,
+        called_with_tensors="it reads no tensor",
+        called_with_a_batch="it reads no tensor",
+        bad_input="it reads nothing but the batch",
+    ),
+]
+
+
+def fitted(w):
+    cavs = ConceptActivationVectors(4, BINARY, keys={w("latent"): w("concepts_logits")})
+    cavs.fit(w.entries[w("latent")].double(), torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 1, 0]]))
+    return cavs.to(w.device, w.dtype)
+
+
+ROWS += [
+    row("ConceptActivationVectors", fitted, detached=DIFFERENTIABLE),
+    row(
+        "ConceptWhitening",
+        lambda w: ConceptWhitening(4, BINARY, keys={w("latent"): w("whitened")}).to(w.device, w.dtype).eval(),
+        detached=DIFFERENTIABLE,
     ),
 ]

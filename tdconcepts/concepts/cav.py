@@ -1,0 +1,182 @@
+"""Concept activation vectors: a linear classifier for each concept on a latent, all fitted in one batched solve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tdconcepts.concepts.encoders import one_pair
+from tdconcepts.concepts.solve import linear_fit
+from tdconcepts.concepts.spec import ConceptSpec
+from tdconcepts.concepts.stage import BlockStage, as_size, as_spec, check_block
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.keys import NestedKey
+
+__all__ = ["CavFit", "ConceptActivationVectors"]
+
+
+class CavFit(NamedTuple):
+    """How a fit went: ``score [C]`` (accuracy on the rows that were fitted, R^2 for a continuous column), the
+    ``iterations`` of the slowest column, and the largest ``gradient`` that was left."""
+
+    score: Tensor
+    iterations: int
+    gradient: float
+
+
+class ConceptActivationVectors(BlockStage):
+    r"""Reads concepts off a latent by fitted hyperplanes: :math:`\ell_c = w_c \cdot z + b_c`.
+
+    :meth:`fit` solves :math:`\min \sum_i m_{ic} \log(1 + e^{-y_{ic} \ell_c(z_i)}) + \frac{\lambda}{2} \|w_c\|^2` for
+    all columns at once (y is +1 or -1, m is 0 where the label is missing); continuous columns are fitted by least
+    squares instead. A column of a categorical concept is its state against the others. ``vectors`` are the concept
+    activation vectors, :math:`w_c / \|w_c\|`.
+
+    =======  =======================  ====================
+    reads    ``"latent"``             ``[*B, in_features]``
+    writes   ``"concepts_logits"``    ``[*B, C]``
+    =======  =======================  ====================
+
+    Args:
+        in_features: width of the latent.
+        concepts: what the columns mean: a spec, or the names of binary concepts.
+        distance: whether the signed distance to the hyperplane is written, in place of the logit.
+        keys: the entry to read and the entry to write.
+
+    Raises:
+        BadValue: for a size below 1, a latent of another width, and when it is run before it is fitted.
+
+    Source: Kim et al., Interpretability Beyond Feature Attribution (TCAV), ICML 2018, section 3.1.
+
+    Examples:
+        >>> z = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+        >>> cavs = ConceptActivationVectors(4, ["first", "sum"])
+        >>> fit = cavs.fit(z, torch.stack([z[:, 0] > 0, z.sum(1) > 0], 1))
+        >>> bool(fit.score.min() > 0.95), cavs.vectors[0].argmax().item()
+        (True, 0)
+    """
+
+    weight: Tensor
+    bias: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        concepts: ConceptSpec | Sequence[str],
+        distance: bool = False,
+        keys: Mapping[NestedKey, NestedKey] | None = None,
+    ) -> None:
+        as_size(in_features=in_features)
+        in_key, out_key = one_pair(keys or {"latent": "concepts_logits"})
+        super().__init__([in_key], [out_key])
+        self.concepts, self.in_features, self.distance = as_spec(concepts), in_features, distance
+        self.register_buffer("weight", torch.zeros(self.concepts.size, in_features))
+        self.register_buffer("bias", torch.zeros(self.concepts.size))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @property
+    def vectors(self) -> Tensor:
+        """The concept activation vectors, ``[C, in_features]``, each of length one."""
+        self._check_fitted()
+        return self.weight / self.weight.norm(dim=-1, keepdim=True)
+
+    def fit(
+        self,
+        latent: Tensor,
+        labels: Tensor,
+        *,
+        ridge: float = 1.0,
+        solver: Literal["logistic", "ridge"] = "logistic",
+        iterations: int = 200,
+        tolerance: float = 1e-4,
+    ) -> CavFit:
+        """Fit every column, and say how it went.
+
+        Args:
+            latent: ``[*B, in_features]``.
+            labels: ``[*B, K]`` or ``[*B, C]``, NaN where there is none; see :meth:`ConceptSpec.targets`.
+            ridge: :math:`\\lambda`, scikit-learn's ``1 / C``; 0 or more.
+            solver: ``"logistic"``, or ``"ridge"``: least squares on labels of -1 and 1, in closed form where no label
+                is missing.
+            iterations: at most.
+            tolerance: on the largest entry of the gradient of the mean loss, as scikit-learn's ``tol``.
+
+        Raises:
+            BadValue: for another shape, numbers that are not finite, no rows, and a column that is always true or
+                always false, with its name.
+            BadType: for a latent that is not float32 or float64.
+        """
+        if latent.dtype not in (torch.float32, torch.float64):
+            raise BadType("a fit needs single or double precision", got=str(latent.dtype), fix="latent.float()")
+        check_block(latent, (self.in_features,), self._read[0])
+        if solver not in ("logistic", "ridge") or not ridge >= 0:
+            got = f"solver={solver!r}, ridge={ridge!r}"
+            raise BadValue("not a way to fit", got=got, needed='"logistic" or "ridge", and ridge of 0 or more')
+        with torch.no_grad():
+            like = latent[..., :1].expand(*latent.shape[:-1], self.concepts.size)
+            targets = self.concepts.targets(labels, like).reshape(-1, self.concepts.size)
+            rows = latent.reshape(-1, self.in_features)
+            if not len(rows) or not bool(rows.isfinite().all()):
+                raise BadValue("not a latent to fit", got=f"{len(rows)} rows, or NaN", needed="finite numbers")
+            self._check_classes(targets)
+            weight = rows.new_zeros(self.concepts.size, self.in_features)
+            bias, count, left = rows.new_zeros(self.concepts.size), 0, 0.0
+            signs = 2 * targets - 1
+            for loss, columns in self._by_loss(solver).items():
+                wanted = torch.where(self._continuous() | (loss == "logistic"), targets, signs)[:, columns]
+                found = linear_fit(rows, wanted, ridge, loss, iterations, tolerance)
+                weight[columns], bias[columns] = found.weight, found.bias
+                count, left = max(count, found.iterations), max(left, found.gradient)
+            score = self._score(rows @ weight.mT + bias, targets)
+            self.weight, self.bias = weight.to(self.weight), bias.to(self.bias)
+            self.fitted.fill_(True)
+        return CavFit(score, count, left)
+
+    def compute(self, *entries: Tensor) -> Tensor:
+        latent = check_block(entries[0], (self.in_features,), self._read[0])
+        self._check_fitted()
+        logits = torch.nn.functional.linear(latent, self.weight, self.bias)
+        return logits / self.weight.norm(dim=-1) if self.distance else logits
+
+    def _check_fitted(self) -> None:
+        if not torch.compiler.is_compiling() and not bool(self.fitted):
+            raise BadValue("these vectors are not fitted", got="no fit", fix="cavs.fit(latent, labels)")
+
+    def _continuous(self) -> Tensor:
+        """Which columns belong to continuous concepts, ``[C]``."""
+        kinds = [kind == "continuous" for kind, n in self._kinds() for _ in range(n)]
+        return torch.tensor(kinds, device=self.weight.device)
+
+    def _kinds(self) -> list[tuple[str, int]]:
+        return list(zip(self.concepts.kinds, self.concepts.cardinalities, strict=True))
+
+    def _by_loss(self, solver: str) -> dict[Literal["logistic", "squares"], Tensor]:
+        """The columns that each loss fits."""
+        squares = self._continuous() if solver == "logistic" else torch.ones(self.concepts.size, dtype=torch.bool)
+        parts: dict[Literal["logistic", "squares"], Tensor] = {"logistic": ~squares, "squares": squares}
+        return {loss: columns.nonzero().flatten() for loss, columns in parts.items() if bool(columns.any())}
+
+    def _check_classes(self, targets: Tensor) -> None:
+        names = [
+            name for name, n in zip(self.concepts.names, self.concepts.cardinalities, strict=True) for _ in range(n)
+        ]
+        known = ~targets.isnan()
+        low = targets.masked_fill(~known, torch.inf).amin(0)
+        high = targets.masked_fill(~known, -torch.inf).amax(0)
+        same = (low >= high).nonzero().flatten().tolist()
+        if same:
+            got = f"{names[same[0]]!r}, {int(known[:, same[0]].sum())} labels that are all alike"
+            raise BadValue("a column does not vary", got=got, needed="two different labels or more in each column")
+
+    def _score(self, found: Tensor, targets: Tensor) -> Tensor:
+        known = ~targets.isnan()
+        count = known.sum(0)
+        truth = targets.masked_fill(~known, 0)
+        hits = (((found > 0) == (truth > 0.5)) & known).sum(0) / count
+        residual = ((found - truth).square() * known).sum(0)
+        spread = ((truth - truth.sum(0) / count).square() * known).sum(0)
+        return torch.where(self._continuous(), 1 - residual / spread, hits)

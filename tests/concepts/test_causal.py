@@ -1,0 +1,99 @@
+"""GraphBottleneck and CausalBottleneck: trained on the checkmark, corrected by do, taught by labels."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+from torch import nn
+
+from tdconcepts.concepts.causal import CausalBottleneck, GraphBottleneck
+from tdconcepts.concepts.graphs import Dag
+from tdconcepts.concepts.losses import ConceptLoss
+from tdconcepts.concepts.spec import ConceptSpec
+from tdconcepts.concepts.teaching import teach
+from tdconcepts.concepts.toys import toy_data
+from tdconcepts.errors import BadType, BadValue
+
+MODELS = [GraphBottleneck, CausalBottleneck]
+DAG = Dag(["A", "B", "C", "task"], [("B", "C"), ("A", "task"), ("C", "task")])
+
+
+def build(kind, dag=DAG, **options):
+    torch.manual_seed(0)
+    return kind(nn.Sequential(nn.Linear(4, 16), nn.ReLU()), dag, in_features=16, **options)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_checkmark_is_learnt_and_do_reaches_the_task(kind):
+    data = toy_data("checkmark", 300, torch.Generator().manual_seed(0))
+    every = torch.cat([data.td["labels"], data.td["task"].unsqueeze(-1)], 1)
+    td = data.td.clone().set("labels", every)
+    model = build(kind)
+    training = TensorDictSequential(teach(model, how="independent"), ConceptLoss(model.concepts))
+    optimizer = torch.optim.Adam(training.parameters(), lr=3e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        training(td.copy())["loss", "concepts"].mean().backward()
+        optimizer.step()
+    model.eval()
+    found = model(td.copy())["concepts"]
+    assert ((found > 0.5) == every.bool()).float().mean() > 0.99
+    do = torch.full((300, 4), torch.nan)
+    do[:, 1] = 1.0  # B = 1, so C = 0, so the task is 0
+    done = model(td.copy().set("do", do))["concepts"]
+    assert done[:, 2].max() < 0.5
+    if kind is GraphBottleneck:  # the other's equations are the row's own, and the input shows the task
+        assert done[:, 3].max() < 0.5
+    do[:, 0] = 0.0
+    do[:, 2] = 0.0
+    nothing = model(td.copy().set("do", do))["concepts_logits"][:, 3]
+    torch.testing.assert_close(nothing, nothing[:1].expand(300))  # no parent is on: the bias is all there is
+    torch.testing.assert_close(done[:, 0], found[:, 0])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("batch", [[], [5], [2, 3], [0]])
+def test_any_batch_nested_keys_and_kinds(kind, batch):
+    spec = ConceptSpec(["task", "C", "B", "A"], [1, 2, 3, 1], ["binary", "categorical", "categorical", "continuous"])
+    model = build(kind, concepts=spec, in_keys=[("g", "o")], key=("g", "c"))
+    td = model(TensorDict({"g": {"o": torch.randn(*batch, 4)}}, batch))
+    assert td["g", "c"].shape == (*batch, 7)
+    assert set(td.keys()) == {"g"}
+    assert model.optional_keys == [("g", "do")]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_teaching_sets_labels_in_training_only(kind):
+    model = build(kind)
+    labels = torch.tensor([[1.0, 0, 1, 0], [0, torch.nan, 0, 1]])
+    td = TensorDict({"observation": torch.randn(2, 4), "labels": labels}, [2])
+    pipeline = teach(model, how="independent")
+    out = pipeline(td.copy())
+    plain = model(td.copy())["concepts"]
+    torch.testing.assert_close(out["concepts"], torch.where(labels.isnan(), out["concepts"], labels))
+    assert torch.equal(out["do"].isnan(), labels.isnan())
+    torch.testing.assert_close(pipeline.eval()(td.copy())["concepts"], plain)
+    with pytest.raises(BadValue, match="sequential"):
+        teach(model, how="sequential")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_copies_pickles_and_compile(kind):
+    model, x = build(kind), torch.randn(3, 4)
+    expected = model(observation=x)[-1]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(observation=x)[-1], expected)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(TensorDict({"observation": x}, [3]))["concepts"], expected)
+
+
+def test_bad_input():
+    with pytest.raises(BadValue, match="other names"):
+        build(GraphBottleneck, concepts=["A", "B", "C"])
+    with pytest.raises(BadType, match="encoder is no module"):
+        CausalBottleneck(3, DAG, in_features=2)
+    with pytest.raises(BadValue, match="embedding_size"):
+        build(CausalBottleneck, embedding_size=0)

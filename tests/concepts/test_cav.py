@@ -1,0 +1,110 @@
+"""ConceptActivationVectors: hyperplanes that separate, missing labels, every kind of concept."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from tdconcepts.concepts.cav import ConceptActivationVectors
+from tdconcepts.concepts.spec import ConceptSpec
+from tdconcepts.errors import BadType, BadValue
+
+SPEC = ConceptSpec(["a", "b", "c"], [1, 3, 1], ["binary", "categorical", "continuous"])
+
+
+def data(n=300):
+    z = torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.stack([(z[:, 0] > 0.2).float(), z[:, 1:4].argmax(1).float(), 3 * z[:, 4] - 1], 1)
+    return z, labels
+
+
+def fitted(**options):
+    cavs = ConceptActivationVectors(6, SPEC)
+    return cavs, cavs.fit(*data(), **options)
+
+
+@pytest.mark.parametrize("solver", ["logistic", "ridge"])
+def test_each_column_finds_its_direction(solver):
+    cavs, fit = fitted(solver=solver, ridge=0.1)
+    assert (fit.score[[0, 1, 2, 3]] > 0.85).all()
+    assert fit.score[4] > 0.999
+    vectors = cavs.vectors
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(5))
+    assert vectors[0, 0] > 0.9
+    for state in range(3):
+        others = torch.full((6,), 0.0)
+        others[1:4] = -1.0
+        others[1 + state] = 2.0
+        assert torch.cosine_similarity(vectors[1 + state], others, 0) > 0.9
+    assert vectors[4, 4] > 0.999
+    assert cavs.bias[4].item() == pytest.approx(-1, abs=0.02)
+
+
+def test_ridge_by_the_normal_equations():
+    z, labels = data()
+    cavs, _ = fitted(solver="ridge", ridge=2.0)
+    wide, signs = z.double(), 2 * SPEC.targets(labels).double() - 1
+    signs[:, 4] = labels[:, 2].double()
+    centred = wide - wide.mean(0)
+    w = torch.linalg.solve(centred.T @ centred + 2 * torch.eye(6), centred.T @ (signs - signs.mean(0)))
+    torch.testing.assert_close(cavs.weight.double(), w.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(cavs.bias.double(), signs.mean(0) - wide.mean(0) @ w, atol=1e-5, rtol=1e-4)
+
+
+def test_missing_labels_take_no_part():
+    z, labels = data()
+    gone = torch.zeros(300, dtype=torch.bool)
+    gone[::3] = True
+    holes = labels.clone()
+    holes[gone, 0] = torch.nan
+    one, two = ConceptActivationVectors(6, SPEC), ConceptActivationVectors(6, SPEC)
+    one.fit(z, holes, tolerance=1e-7)
+    two.fit(z[~gone], labels[~gone], tolerance=1e-7)
+    torch.testing.assert_close(one.weight[0], two.weight[0], atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(one.weight[1:], two.weight[1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [[], [4], [2, 3], [0]])
+def test_as_a_stage(batch):
+    cavs, _ = fitted()
+    td = TensorDict({"latent": torch.randn(*batch, 6)}, batch)
+    out = cavs(td)["concepts_logits"]
+    torch.testing.assert_close(out, td["latent"] @ cavs.weight.T + cavs.bias)
+    cavs.distance = True
+    torch.testing.assert_close(cavs(td)["concepts_logits"], out / cavs.weight.norm(dim=1))
+
+
+def test_copies_pickles_and_state_dicts_are_fitted():
+    cavs, _ = fitted()
+    loaded = ConceptActivationVectors(6, SPEC)
+    loaded.load_state_dict(cavs.state_dict())
+    for other in (copy.deepcopy(cavs), pickle.loads(pickle.dumps(cavs)), loaded):
+        assert torch.equal(other.vectors, cavs.vectors)
+    z, labels = data()
+    stacked = ConceptActivationVectors(6, SPEC)
+    stacked.fit(z.reshape(3, 100, 6), labels.reshape(3, 100, 3))
+    torch.testing.assert_close(stacked.weight, cavs.weight)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda c, z, y: c(z), BadValue, "not fitted"),
+        (lambda c, z, y: c.vectors, BadValue, "not fitted"),
+        (lambda c, z, y: c.fit(z, y.index_fill(1, torch.tensor(0), 1)), BadValue, "'a', 300 labels that are all alike"),
+        (lambda c, z, y: c.fit(z, y.index_fill(1, torch.tensor(0), torch.nan)), BadValue, "'a', 0 labels"),
+        (lambda c, z, y: c.fit(z.index_fill(0, torch.tensor(0), torch.inf), y), BadValue, "finite"),
+        (lambda c, z, y: c.fit(z.half(), y), BadType, "float16"),
+        (lambda c, z, y: c.fit(z[:, :5], y), BadValue, r"\[\*B, 6\]"),
+        (lambda c, z, y: c.fit(z, y[:, :2]), BadValue, r"\[300, 2\]"),
+        (lambda c, z, y: c.fit(z[:0], y[:0]), BadValue, "0 rows"),
+        (lambda c, z, y: c.fit(z, y, solver="svm"), BadValue, "svm"),
+        (lambda c, z, y: c.fit(z, y, ridge=-1.0), BadValue, "-1.0"),
+    ],
+)
+def test_bad_input(call, error, text):
+    cavs = ConceptActivationVectors(6, ConceptSpec(SPEC.names, [1, 3, 2], SPEC.kinds)) if "300, 2" in text else None
+    with pytest.raises(error, match=text):
+        call(cavs or ConceptActivationVectors(6, SPEC), *data())

@@ -1,0 +1,142 @@
+"""ConceptWhitening: covariance one, rotations that stay rotations, axes that find their concepts."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from tdconcepts.concepts.spec import ConceptSpec
+from tdconcepts.concepts.whitening import ConceptWhitening, cayley_step, zca
+from tdconcepts.errors import BadType, BadValue
+
+
+def data(n=2000):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (n, 2), generator=g)
+    base = torch.randn(n, 5, generator=g)
+    base[:, 0] += 3 * labels[:, 0]
+    base[:, 1] += 3 * labels[:, 1]
+    return (base @ torch.randn(5, 5, generator=g) + 1).double(), labels
+
+
+def ready(**options):
+    torch.manual_seed(0)
+    stage = ConceptWhitening(5, ["a", "b"], momentum=1.0, **options).double()
+    z, labels = data()
+    stage(latent=z)
+    return stage, z, labels
+
+
+def test_zca_by_its_definition():
+    z, _ = data()
+    covariance = z.T.cov(correction=0)
+    exact, newton = zca(covariance), zca(covariance, iterations=30)
+    torch.testing.assert_close(exact @ covariance @ exact, torch.eye(5).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(exact, exact.T)
+    torch.testing.assert_close(newton, exact, atol=1e-6, rtol=1e-6)
+    p, trace = torch.eye(5).double(), covariance.trace()
+    for _ in range(3):
+        p = 0.5 * (3 * p - torch.linalg.matrix_power(p, 3) @ covariance / trace)
+    torch.testing.assert_close(zca(covariance, iterations=3), p / trace**0.5)
+
+
+def test_in_training_the_batch_is_whitened_and_gradients_flow():
+    stage = ConceptWhitening(5, ["a"], iterations=25).double()
+    z, _ = data()
+    z = z.clone().requires_grad_()
+    out = stage(latent=z)
+    torch.testing.assert_close(out.mean(0), torch.zeros(5).double(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(out.T.cov(correction=0), torch.eye(5).double(), atol=1e-3, rtol=0)
+    out.square().sum().backward()
+    assert z.grad.isfinite().all()
+    torch.testing.assert_close(stage.mean, 0.05 * z.mean(0).detach())
+
+
+def test_at_evaluation_rows_are_alone_and_running_means_are_used():
+    stage, z, _ = ready()
+    stage.eval()
+    out = stage(latent=z)
+    torch.testing.assert_close(out.T.cov(correction=0), torch.eye(5).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(stage(latent=z[7]), out[7])
+    before = stage.covariance.clone()
+    stage(latent=z[:3])
+    assert torch.equal(stage.covariance, before)
+
+
+@pytest.mark.parametrize("method", ["cayley", "exact"])
+def test_axes_find_their_concepts(method):
+    stage, z, labels = ready()
+    stage.align(z, labels, method=method, steps=30)
+    torch.testing.assert_close(stage.rotation @ stage.rotation.T, torch.eye(5).double(), atol=1e-9, rtol=0)
+    out = stage.eval()(latent=z)
+    for c in range(2):
+        gaps = [out[labels[:, c] == 1, j].mean() - out[labels[:, c] == 0, j].mean() for j in range(5)]
+        assert max(range(5), key=lambda j: gaps[j].abs()) == c
+        assert gaps[c] > 1.5
+
+
+def test_the_objective_rises_to_its_optimum_the_sum_of_singular_values():
+    stage, z, labels = ready()
+    values = [stage.align(z, labels, steps=1) for _ in range(40)]
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(values))
+    best = torch.linalg.svdvals(stage.directions).sum().item()
+    assert values[-1] == pytest.approx(best, rel=1e-3)
+    assert stage.align(z, labels, method="exact") == pytest.approx(best, rel=1e-9)
+
+
+def test_a_cayley_step_is_on_the_curve_of_the_paper():
+    torch.manual_seed(0)
+    rotation, wanted = torch.linalg.qr(torch.randn(4, 4).double())[0], torch.randn(4, 4).double()
+    turned = cayley_step(rotation, wanted)
+    torch.testing.assert_close(turned @ turned.T, torch.eye(4).double())
+    assert (turned * wanted).sum() > (rotation * wanted).sum()
+    a = -wanted @ rotation.T + rotation @ wanted.T
+    # R(t) = (I + t/2 A)^-1 (I - t/2 A) R, so (R - turned) = t/2 A (R + turned) for one t
+    half = a @ (rotation + turned) / 2
+    t = ((rotation - turned) * half).sum() / half.square().sum()
+    torch.testing.assert_close(rotation - turned, t * half)
+    assert torch.equal(cayley_step(rotation, rotation * 2), rotation)  # already the best
+
+
+def test_means_are_kept_with_momentum_and_where_a_concept_is_missing():
+    stage, z, labels = ready()
+    stage.align(z, labels)
+    before = stage.directions.clone()
+    some = labels.double()
+    some[:, 1] = torch.nan
+    stage.align(z, some, momentum=0.5)
+    torch.testing.assert_close(stage.directions, before)
+    stage.align(z[:100], labels[:100], momentum=0.5)
+    assert not torch.allclose(stage.directions, before)
+
+
+@pytest.mark.parametrize("batch", [[], [4], [2, 3], [0]])
+def test_any_batch_and_copies(batch):
+    stage, _, _ = ready()
+    stage.eval()
+    td = stage(TensorDict({"latent": torch.randn(*batch, 5).double()}, batch))
+    for other in (copy.deepcopy(stage), pickle.loads(pickle.dumps(stage))):
+        assert torch.equal(other(td.copy())["whitened"], td["whitened"])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: ConceptWhitening(2, ["a", "b", "c"]), BadValue, "2 columns or fewer"),
+        (lambda: ConceptWhitening(2, ConceptSpec(["a"], kinds=["continuous"])), BadValue, "axis for each"),
+        (lambda: ConceptWhitening(2, ["a"], momentum=0.0), BadValue, "momentum"),
+        (lambda: ConceptWhitening(2, ["a"], iterations=0), BadValue, "iterations"),
+        (lambda: ConceptWhitening(2, ["a"])(torch.zeros(0, 2)), BadValue, "0 rows"),
+        (lambda: ConceptWhitening(2, ["a"])(torch.zeros(2)), BadValue, "1 rows"),
+        (lambda: ConceptWhitening(2, ["a"]).align(torch.zeros(3, 2), torch.zeros(3, 1), method="qr"), BadValue, "qr"),
+        (lambda: ConceptWhitening(2, ["a"]).align(torch.zeros(3, 2), torch.zeros(3, 2)), BadValue, r"\[3, 2\]"),
+        (lambda: ConceptWhitening(2, ["a"]).align(torch.zeros(3, 2).half(), torch.zeros(3, 1)), BadType, "float16"),
+    ],
+)
+def test_bad_input(call, error, text):
+    """An empty batch in training makes the running mean of torch_concepts NaN for ever; here it is refused."""
+    with pytest.raises(error, match=text):
+        call()
