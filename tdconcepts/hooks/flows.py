@@ -104,7 +104,7 @@ class _Overwrite(torch.autograd.Function):
 
 def overwrite(target: Tensor, value: Tensor) -> Tensor:
     """``target``, with the numbers and the graph of ``value``."""
-    if target._base is not None or target.grad_fn is None or not untransformed(target):
+    if not untransformed(target) or target._base is not None or target.grad_fn is None:
         return target.copy_(value)
     found: Tensor = _Overwrite.apply(target, value)  # type: ignore[no-untyped-call]
     return found

@@ -16,13 +16,22 @@ ROWS = [
         "0",
     ),
     explainer(
-        "LRP in the relevance convention, with outputs",
+        "LRP under several conditions",
+        lambda w: LRP(
+            w.model, EpsilonPlus(), argmax(w), condition=[{Site("0.0"): [0, 2]}, {Site("0.0"): w("action")}], **w.chunk
+        ),
+        "0.0",
+        compiled="which condition is pulled back is known when the backward runs",
+    ),
+    explainer(
+        "LRP in the relevance convention, with outputs and deltas",
         lambda w: LRP(
             w.model,
             EpsilonPlusFlat(),
             Target(w("logits"), by=w("action")),
             convention="relevance",
             outputs=True,
+            convergence_delta=True,
             **w.chunk,
         ),
     ),
