@@ -16,10 +16,12 @@ from tdconcepts.attribution.layers import (
 from tdconcepts.attribution.neuron import NeuronGradient
 from tdconcepts.attribution.noise import NoiseTunnel, SmoothGrad, SmoothGradSquared, VarGrad
 from tdconcepts.attribution.paths import IntegratedGradients
+from tdconcepts.attribution.rollout import AttentionRollout, TransformerAttribution
 from tdconcepts.attribution.wrappers import Absolute, Normalised, Summed, TimesInput
 
 __all__ = [
     "Absolute",
+    "AttentionRollout",
     "Conductance",
     "Deconvolution",
     "DeepLift",
@@ -46,5 +48,6 @@ __all__ = [
     "SmoothGradSquared",
     "Summed",
     "TimesInput",
+    "TransformerAttribution",
     "VarGrad",
 ]

@@ -24,7 +24,7 @@ from tdconcepts.attribution.rescale import (
 )
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Options, Pullback, Site, Target, dispatch_rows
-from tdconcepts.hooks.batching import expand, gather, groups, rows_of, spread
+from tdconcepts.hooks.batching import expand, gather, groups, spread
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.pullback import Wrt
@@ -222,7 +222,8 @@ class DeepLiftShap(_Lifting, IntegratedGradients):
         kinds: dict[NestedKey, torch.dtype] = {}
         for path in self._paths:
             keys = list(dict.fromkeys([*path.reads(td), *path.in_keys]))
-            for group in groups(len(rows), rows_of(td, this.chunk_size, path.in_keys), td.numel()):
+            pieces = list(groups(len(rows), this.rows(td, path.in_keys), td.numel()))
+            for group in this.tracked(pieces, "baselines"):
                 n, some = len(group), rows[group.start : group.stop]
                 many = expand(td, n, keys)
                 for key in self.baselines.keys(True, True):

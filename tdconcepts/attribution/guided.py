@@ -11,7 +11,7 @@ from torch import Tensor
 from tdconcepts.attribution.cam import resized, weighted
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Options, Site, Target, dispatch_rows
-from tdconcepts.hooks.explaining import Explaining, check_options
+from tdconcepts.hooks.explaining import Explaining, Running, check_options
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.hooks.rectifiers import DeconvNetRule, GuidedBackpropRule
 from tdconcepts.hooks.rules import Rule, Rules
@@ -99,7 +99,7 @@ def _explaining(
     on_missing: str,
     options: Any,
 ) -> Explaining:
-    check_options(options, Options.__annotations__)
+    check_options(options, [*Running.__annotations__, *Options.__annotations__])
     if on_missing not in ("raise", "gradient"):
         raise BadValue("no such choice", got=f"on_missing={on_missing!r}", needed='"raise" or "gradient"')
     unknown = _OtherRectifiers(method) if on_missing == "raise" else None

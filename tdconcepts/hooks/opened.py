@@ -94,13 +94,13 @@ def _multi_head_attention(
     weights = apart if given.get("use_separate_proj_weight") else list(_thirds(in_proj_weight))
     biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
     projected = [F.linear(t, w, b) for t, w, b in zip(parts, weights, biases, strict=True)]
-    q, k, v = (t.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for t in projected)
+    q, k, v = (t.reshape(*t.shape[:2], num_heads, t.shape[-1] // num_heads).permute(1, 2, 0, 3) for t in projected)
     scores = torch.matmul(q, k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))
     mask = given.get("attn_mask")
     if mask is None and given.get("is_causal"):
         mask = _causal(q.shape[-2], k.shape[-2], q)
     if mask is not None:
-        mask = mask.unflatten(0, (-1, num_heads)) if mask.ndim == 3 else mask
+        mask = mask.reshape(-1, num_heads, *mask.shape[1:]) if mask.ndim == 3 else mask
         scores = scores + _additive(mask, scores, keeps=False)
     if (padding := given.get("key_padding_mask")) is not None:
         padding = padding.unsqueeze(0) if single else padding
@@ -144,7 +144,7 @@ def _group_norm(
     cudnn_enabled: bool = True,
 ) -> Tensor:
     """``group_norm``."""
-    rows = x.unflatten(1, (num_groups, -1))
+    rows = x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:])
     dims = list(range(2, rows.ndim))
     centred = rows - rows.mean(dims, keepdim=True)
     scaled = (centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()).flatten(1, 2)

@@ -10,6 +10,7 @@ import tdconcepts as tdc
 from tdconcepts import Site, Target
 from tdconcepts.attribution import (
     Absolute,
+    AttentionRollout,
     Conductance,
     Deconvolution,
     DeepLift,
@@ -29,6 +30,7 @@ from tdconcepts.attribution import (
     Normalised,
     Summed,
     TimesInput,
+    TransformerAttribution,
 )
 
 
@@ -49,6 +51,28 @@ def maps(w: World) -> TensorDictModule:
     net = TensorDictModule(nn.Sequential(*layers), [w("observation")], [w("logits")])
     tdc.anchor(net, "1")  # for the compiler
     return net
+
+
+class Attending(nn.Module):
+    """``[..., 4 tokens] -> [..., 3]`` by two layers of attention, for any batch dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 4))
+        self.layers = nn.ModuleList(nn.Linear(4, 12) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unsqueeze(-1) * self.weight + self.bias
+        for layer in self.layers:
+            q, k, v = (t.reshape(*t.shape[:-1], 2, 2).movedim(-2, -3) for t in layer(x).chunk(3, -1))
+            x = x + nn.functional.scaled_dot_product_attention(q, k, v).movedim(-3, -2).flatten(-2)
+        return self.head(x[..., 0, :])
+
+
+def attending(w: World) -> TensorDictModule:
+    """A network with attention."""
+    return TensorDictModule(seeded(Attending, w), [w("observation")], [w("logits")])
 
 
 ROWS = [
@@ -182,6 +206,11 @@ ROWS = [
     explainer(
         "GuidedGradCAM",
         lambda w: GuidedGradCAM(maps(w), Target(w("logits"), [1, 0]), "1", **w.chunk),
+    ),
+    explainer("AttentionRollout", lambda w: AttentionRollout(attending(w), discard=0.2, outputs=True, **w.chunk)),
+    explainer(
+        "TransformerAttribution",
+        lambda w: TransformerAttribution(attending(w), Target(w("logits"), [1, 0]), token=-1, **w.chunk),
     ),
     explainer("GradCAM", lambda w: GradCAM(w.model, Target(w("logits"), [1, 2]), "0.0", **w.chunk), "0.0"),
     row("LayerActivation", lambda w: LayerActivation(w.model, "0.0")),
