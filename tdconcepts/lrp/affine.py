@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tdconcepts.hooks.flows import depends, operation_name
+from tdconcepts.hooks.flows import depends, operation_name, overwritable
 from tdconcepts.hooks.rules import Call, Rule
 
 __all__ = ["Affine", "affine", "by_channel", "is_convolution", "is_linear", "magnitude", "positive_part"]
@@ -243,10 +243,11 @@ def _pull(s: Tensor, w: Tensor, like: Tensor, how: tuple[Any, ...], n: int) -> T
     single = like.ndim == n + 1  # a convolution of one row without a batch dim
     if single:
         s, like = s.unsqueeze(0), like.unsqueeze(0)
-    stand_in = s.new_empty(1).expand(like.shape)  # its size is all that is asked
+    if not overwritable(s):  # its size is all that is asked, and a function transform wants to see nothing else
+        like = s.new_empty(1).expand(like.shape)
     mask = [True, False, False]
     found: Tensor = torch.ops.aten.convolution_backward(
-        s, stand_in, w, None, list(stride), list(padding), list(dilation), transposed, list(extra), groups, mask
+        s, like, w, None, list(stride), list(padding), list(dilation), transposed, list(extra), groups, mask
     )[0]
     return found.squeeze(0) if single else found
 
