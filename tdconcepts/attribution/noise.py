@@ -13,7 +13,18 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import check_module, check_td, dispatch_rows
-from tdconcepts.hooks.batching import expand, gather, groups, joined, pieces_of, rows_of, slices, spread, tracked
+from tdconcepts.hooks.batching import (
+    expand,
+    gather,
+    groups,
+    joined,
+    pieces_of,
+    rows_of,
+    slices,
+    spread,
+    tracked,
+    widths,
+)
 from tdconcepts.hooks.explaining import HELD, Running, check_options, check_running, finite
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
 from tdconcepts.tunables import Replaceable, Tunable, constructor
@@ -86,7 +97,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
             raise BadValue("an explainer under noise writes no outputs", got=f"outputs {also}", fix="outputs=False")
         self.noise_level, self.n_iter, self.relative = float(noise_level), n_iter, relative
         check_options(options, Running.__annotations__)
-        self.include_clean = include_clean
+        self.include_clean, self._widths = include_clean, widths(explainer)
         self.chunk_size, self.progress, self.check_finite = check_running(options)
         self.noise = as_key(noise) if isinstance(noise, (str, tuple)) else noise
         self.out_keys = [key for key in explainer.out_keys if join(key)[0] != CONVERGENCE_DELTA]
@@ -111,8 +122,8 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
             inputs.set(HELD, held)
         scales = self._scales(inputs)
         others = [key for key in (*keys, HELD) if key not in scales]
-        rows = rows_of(inputs, self.chunk_size, self._noisy, module=self.explainer)
-        most = pieces_of(inputs, self.chunk_size, self._noisy, self.explainer)
+        rows = rows_of(inputs, self.chunk_size, self._noisy, wide=self._widths)
+        most = pieces_of(inputs, self.chunk_size, self._noisy, self.explainer, self._widths)
         pieces = [(index, part, _Moments()) for index, part in slices(inputs, most)]
         for group in tracked(groups(self.n_iter, rows, inputs.numel()), self.progress, "draws"):
             noisy = self._noisy_values(tensordict, scales, group)

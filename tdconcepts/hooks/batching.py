@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from torch import Tensor, is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from tdconcepts.errors import BadValue, import_extra
 from tdconcepts.keys import NestedKey
@@ -20,10 +22,21 @@ __all__ = ["align", "check_chunk_size", "expand", "groups", "joined", "rows_of",
 
 T = TypeVar("T")
 
-# Elements of input in flight, times 64 on a GPU. What a network makes of them should stay in the cache of a core, and
-# the memory near that of the caller's own batch: measured on convolutions, transformers and MLPs, see `rows_of`.
-_FREE, _FEW, _LARGE, _PIECE = 3 * 2**14, 2**17, 2**20, 2**18
-_FEWEST_ROWS, _MOST_ROWS, _PIECE_ROWS, _TIMES = 4, 2**14, 32, 4
+# Numbers of the widest layer in flight, times 64 on a GPU: for copies of rows; and more than these go in pieces.
+_COPIES, _LARGE = 2**18, 2**21
+_FEWEST_ROWS, _MOST_ROWS, _PIECE_ROWS = 4, 2**14, 8
+_POOLS = {1: (nn.MaxPool1d, nn.AvgPool1d), 2: (nn.MaxPool2d, nn.AvgPool2d), 3: (nn.MaxPool3d, nn.AvgPool3d)}
+
+
+class Widths(NamedTuple):
+    """What a network makes of a row, see :func:`widths`: numbers for each token, for each number of an image, and for
+    ``features_in`` numbers of anything else.
+    """
+
+    token: int = 1
+    image: float = 1.0
+    features_in: int = 1
+    features: int = 1
 
 
 def align(value: Tensor, batch: torch.Size, name: str) -> Tensor:
@@ -61,41 +74,69 @@ def check_chunk_size(chunk_size: int | None) -> int | None:
     raise BadValue("not a chunk size", got=repr(chunk_size), needed="a number of rows >= 1, or None to choose one")
 
 
+def widths(module: nn.Module) -> Widths:
+    """How much larger than a row the output of the widest layer is, as far as its layers tell without being run.
+
+    Examples:
+        >>> widths(nn.Sequential(nn.Conv2d(3, 16, 3), nn.MaxPool2d(2), nn.Conv2d(16, 48, 3))).image
+        5.333333333333333
+    """
+    token, image, size, channels, features_in, features = 1, 1.0, 1.0, 0, 0, 1
+    layer: Any
+    for layer in module.modules():  # in the order of their registration, which mostly is that of execution
+        if isinstance(layer, nn.Embedding):
+            token = max(token, layer.embedding_dim)
+        elif isinstance(layer, _ConvNd):
+            step = math.prod(layer.stride)
+            size = size * step if layer.transposed else size / step
+            channels = channels or layer.in_channels
+            image = max(image, layer.out_channels * size / channels)
+        elif pool := next((dims for dims, kinds in _POOLS.items() if isinstance(layer, kinds)), 0):
+            size /= math.prod(layer.stride) if isinstance(layer.stride, tuple) else layer.stride**pool
+        elif isinstance(layer, nn.Linear):
+            features_in, features = features_in or layer.in_features, max(features, layer.out_features)
+    token = max(token, features) if token > 1 else 1  # a score for each word, say
+    return Widths(token, image, *((1, 1) if channels or not features_in else (features_in, features)))
+
+
 def rows_of(
     td: TensorDictBase,
     chunk_size: int | None,
     keys: Iterable[NestedKey],
     inside: Iterable[Tensor] = (),
-    module: nn.Module | None = None,
+    wide: Widths = Widths(),  # noqa: B008 (it is a constant)
 ) -> int:
     """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row.
 
-    The choice keeps the input in flight below 192 KB of float32 on a CPU (64 times that on a GPU), or below 512 KB
-    where that is no more than four times the caller's batch; so the memory is at most four times that of the batch
-    alone, or small. It is never less than the batch, nor than four rows.
+    The choice keeps the output of the widest layer near 1 MB of float32 on a CPU (64 MB on a GPU), but for the batch
+    itself, or four rows: so the memory is at most four times that of the batch alone, or small. What is computed of 1
+    MB still fits into the cache of a core, and is not given back to the system after each call, which takes longer than
+    the network itself (on a CPU a convolution of 32 rows took 4.8 ms, of 16 rows 0.9 ms).
 
     Args:
         td: the caller's batch.
         chunk_size: the caller's choice.
-        keys: the entries that a row is made of. An integer counts as the embedding or the output that a token becomes.
+        keys: the entries that a row is made of.
         inside: values at sites that are put into the module, which count where they are larger.
-        module: where the size of an embedding is looked up.
+        wide: what the network makes of a row.
     """
     if chunk_size is not None:
         return chunk_size
-    size, scale = _elements(td, keys, inside, module)
+    size, scale = _elements(td, keys, wide)
+    size = max(size, *(value.numel() for value in inside), 1)
     rows = max(1, td.numel())
-    free, few = (scale * budget * rows // max(rows, size) for budget in (_FREE, _FEW))
-    return max(rows, min(_MOST_ROWS, max(_FEWEST_ROWS, free, min(_TIMES * rows, few))))
+    return max(rows, min(_MOST_ROWS, max(_FEWEST_ROWS, scale * _COPIES * rows // max(rows, size))))
 
 
-def pieces_of(td: TensorDictBase, chunk_size: int | None, keys: Iterable[NestedKey], module: nn.Module) -> int | None:
+def pieces_of(
+    td: TensorDictBase, chunk_size: int | None, keys: Iterable[NestedKey], module: nn.Module, wide: Widths
+) -> int | None:
     """How many rows of the caller's batch are explained at a time; None for all of them.
 
-    Without a ``chunk_size`` that is all of them, but for a batch of more than 4 MB of float32 (256 MB on a GPU), which
-    goes in pieces of about 1 MB and of 32 rows or more: not slower, and the memory is bounded. One index of the first
-    batch dim is cut only by a ``chunk_size``, and never where a recurrent layer reads the dims after it as time. A
-    batch norm in training mode sees the whole batch, but for a ``chunk_size``.
+    Without a ``chunk_size`` that is all of them, but for a batch for which the output of the widest layer takes more
+    than 8 MB of float32 (512 MB on a GPU), which goes in pieces of 1 MB and of 8 rows or more: not slower, and the
+    memory is bounded. One index of the first batch dim is cut only by a ``chunk_size``, and never where a recurrent
+    layer reads the dims after it as time. A batch norm in training mode sees the whole batch, but for a ``chunk_size``.
     """
     if not td.batch_size.numel() or not td.batch_dims or (chunk_size is not None and chunk_size >= td.numel()):
         return None
@@ -105,33 +146,27 @@ def pieces_of(td: TensorDictBase, chunk_size: int | None, keys: Iterable[NestedK
         return whole if recurrent else chunk_size
     if is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return None
-    size, scale = _elements(td, keys)
+    size, scale = _elements(td, keys, wide)
     rows = td.numel()
     if size <= scale * _LARGE or rows <= _PIECE_ROWS:
         return None
     mixing = (isinstance(one, _BatchNorm) and one.training for one in module.modules())
-    return None if any(mixing) else max(_PIECE_ROWS, scale * _PIECE * rows // size, whole)
+    return None if any(mixing) else max(_PIECE_ROWS, scale * _COPIES * rows // size, whole)
 
 
-def _elements(
-    td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = (), module: nn.Module | None = None
-) -> tuple[int, int]:
-    """How many numbers a batch has, and how many times more there may be where it is."""
-    size, scale = 0, 1
+def _elements(td: TensorDictBase, keys: Iterable[NestedKey], wide: Widths) -> tuple[int, int]:
+    """How many numbers the widest layer makes of a batch, and how many times more there may be where it is."""
+    tokens, numbers, scale = 0, 0, 1
     for key in keys:
         value = td.get(key)
         if isinstance(value, Tensor):
-            tokens = module is not None and value.dtype in (torch.int64, torch.int32)
-            size += value.numel() * (_width(module) if tokens else 1)
+            if value.dtype in (torch.int64, torch.int32):
+                tokens += value.numel()
+            else:
+                numbers += value.numel()
             scale = scale if value.is_cpu else 64
-    return max(size, sum(value.numel() for value in inside)), scale
-
-
-def _width(module: nn.Module | None) -> int:
-    """How many numbers a token becomes: those of its embedding, or of a score for each word."""
-    inner = list(module.modules()) if module is not None else []
-    embeddings = [one.embedding_dim for one in inner if isinstance(one, nn.Embedding)]
-    return max([*embeddings, *(one.out_features for one in inner if isinstance(one, nn.Linear))]) if embeddings else 1
+    dense = max(int(numbers * wide.image), numbers // wide.features_in * wide.features)
+    return max(dense, tokens * wide.token, numbers + tokens), scale
 
 
 def slices(td: TensorDictBase, rows: int | None) -> Iterator[tuple[Any, TensorDictBase]]:

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
-from tdconcepts.hooks.batching import check_chunk_size, joined, pieces_of, rows_of, slices, tracked
+from tdconcepts.hooks.batching import check_chunk_size, joined, pieces_of, rows_of, slices, tracked, widths
 from tdconcepts.hooks.calling import explained
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.pullback import Pullback, Wrt
@@ -88,7 +88,7 @@ class Explaining:
         self.out_key = as_key(options.get("out_key", ATTRIBUTION))
         self._room = join(self.out_key)[0]
         self.pullback = Pullback(module, target, wrt, whole=self.outputs, rules=rules)
-        self.in_keys = self.pullback.in_keys
+        self.in_keys, self.widths = self.pullback.in_keys, widths(module)
         self.entries = [w for w in self.pullback.wrt if not isinstance(w, Site) and w in self.in_keys]
         self.attribution_keys: list[NestedKey] = [as_key(join(self.out_key, name)) for name in self.pullback.names]
         self.out_keys = [
@@ -155,11 +155,11 @@ class Explaining:
 
     def pieces(self, td: TensorDictBase) -> int | None:
         """How many rows of a batch are explained at a time; None for all of them."""
-        return pieces_of(td, self.chunk_size, self.in_keys, self.pullback.module)
+        return pieces_of(td, self.chunk_size, self.in_keys, self.pullback.module, self.widths)
 
     def rows(self, td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = ()) -> int:
         """How many copies of rows may be in flight: ``chunk_size``, or a choice; see ``rows_of``."""
-        return rows_of(td, self.chunk_size, keys, inside, self.pullback.module)
+        return rows_of(td, self.chunk_size, keys, inside, self.widths)
 
     def tracked(self, pieces: Sequence[T], what: str) -> Iterable[T]:
         """``pieces``, with a progress bar where one is wanted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeAlias, Unpack
 
@@ -20,6 +21,8 @@ from tdconcepts.tunables import Replaceable
 __all__ = ["FeatureAblation", "Occlusion"]
 
 Sizes: TypeAlias = int | tuple[int, ...]
+
+_TABLE = 2**22  # the largest table of windows and elements that is made at once
 
 
 class FeatureAblation(Replaceable, TensorDictModuleBase):
@@ -73,7 +76,7 @@ class FeatureAblation(Replaceable, TensorDictModuleBase):
     @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
-        return self._perturbing.run(tensordict, _ablate)
+        return self._perturbing.run(tensordict, Game.one_by_one)
 
     def hold(self, tensordict: TensorDictBase) -> Tensor | None:
         """The index that the target's ``"argmax"`` chooses here."""
@@ -156,47 +159,45 @@ class Occlusion(Replaceable, TensorDictModuleBase):
         if len(sizes) > len(row):
             got, needed = f"window={sizes}", f"at most {len(row)} sizes, for rows of shape {list(row)}"
             raise BadValue("a window of more dims than the row", got=got, needed=needed)
-        per_dim = [
-            _covered(n, k, s, end.device) for n, k, s in zip(row[len(row) - len(sizes) :], sizes, strides, strict=True)
-        ]
-        counts = [len(covered) for covered in per_dim]
-        n = int(torch.tensor(counts).prod())
-
-        def inside(at: Tensor) -> Tensor:  # [m, *the dims of the window]
-            found = torch.ones(len(at), *[1] * len(per_dim), dtype=torch.bool, device=end.device)
-            for dim, (covered, index) in enumerate(zip(per_dim, torch.unravel_index(at, counts), strict=True)):
-                shape = [len(at), *[1] * dim, covered.shape[1], *[1] * (len(per_dim) - dim - 1)]
-                found = found & covered[index.to(end.device)].view(shape)
-            return found
+        rest = row[len(row) - len(sizes) :]
+        inside = _Windows(rest, sizes, strides, end.device)
+        n, outside = inside.count, (*[1] * (lead + len(row) - len(sizes)), *rest)
 
         def kept(at: Tensor, w: Wrt) -> Tensor:  # experiment 0 is the row itself
             if w != mine:
-                return torch.ones(len(at), *game.ends[w].shape[lead:], dtype=torch.bool, device=end.device)
-            stay = ~inside((at - 1).clamp(min=0)) | (at == 0).view(-1, *[1] * len(per_dim))
-            return stay.view(len(at), *[1] * (len(row) - len(per_dim)), *stay.shape[1:]).expand(len(at), *row)
+                return at.view(-1, *[1] * game.ends[w].ndim) >= 0
+            hidden = inside((at - 1).clamp(min=0)) & (at > 0).view(-1, *[1] * len(rest))
+            return ~hidden.view(len(at), *outside)
 
         values = game.values(n + 1, kept)
-        losses = values[:1] - values[1:]
-        step = max(1, 2**20 // max(1, int(torch.tensor([c.shape[1] for c in per_dim]).prod())))
-        total, cover = None, None
-        for begin in range(0, n, step):
-            part = inside(torch.arange(begin, min(n, begin + step))).to(losses.dtype)
-            mass = torch.tensordot(losses[begin : begin + step], part, ([0], [0]))
-            total = mass if total is None else total + mass
-            cover = part.sum(0) if cover is None else cover + part.sum(0)
-        assert total is not None
-        found = (total / cover).reshape(*losses.shape[1:], *[1] * (len(row) - len(per_dim)), *part.shape[1:])
-        return game.shaped(mine, found.expand(*losses.shape[1:], *row).clone())
+        losses = (values[:1] - values[1:]).movedim(0, -1)
+        total, cover = losses.new_zeros(*losses.shape[:-1], rest.numel()), losses.new_zeros(rest.numel())
+        for some in torch.arange(n, device=end.device).split(max(1, _TABLE // max(1, rest.numel()))):
+            covers = inside(some).flatten(1).to(losses.dtype)
+            total, cover = total + losses[..., some] @ covers, cover + covers.sum(0)
+        found = (total / cover).reshape(*losses.shape[:-1], *[1] * (len(row) - len(rest)), *rest)
+        return game.shaped(mine, found.expand(*losses.shape[:-1], *row).clone())
 
 
-def _ablate(game: Game) -> dict[Wrt, Tensor]:
-    """One experiment with everything, and one without each feature."""
+class _Windows:
+    """The elements that windows cover, ``[m, *row]``; all of them are worked out at once where they are few."""
 
-    def kept(at: Tensor) -> Tensor:
-        return at.unsqueeze(-1) - 1 != torch.arange(game.count)
+    def __init__(self, row: torch.Size, sizes: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> None:
+        self.per_dim = [_covered(n, k, s, device) for n, k, s in zip(row, sizes, strides, strict=True)]
+        self.counts = [len(covered) for covered in self.per_dim]
+        self.count = math.prod(self.counts)
+        few = self.count * row.numel() <= _TABLE
+        self.table = self._at(torch.arange(self.count, device=device)) if few else None
 
-    values = game.coalitions(game.count + 1, kept)
-    return game.spread(values[:1] - values[1:])
+    def __call__(self, at: Tensor) -> Tensor:
+        return self._at(at) if self.table is None else self.table[at]
+
+    def _at(self, at: Tensor) -> Tensor:
+        found = torch.ones(len(at), *[1] * len(self.per_dim), dtype=torch.bool, device=at.device)
+        for dim, (covered, index) in enumerate(zip(self.per_dim, torch.unravel_index(at, self.counts), strict=True)):
+            shape = [len(at), *[1] * dim, covered.shape[1], *[1] * (len(self.per_dim) - dim - 1)]
+            found = found & covered[index].view(shape)
+        return found
 
 
 def _covered(length: int, size: int, stride: int, device: torch.device) -> Tensor:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.hooks.sites import Site
-from tdconcepts.keys import NestedKey
+from tdconcepts.keys import NestedKey, as_key, join, key_text
 
-__all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "numbered"]
+__all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "keyed_groups", "mask_key", "numbered"]
 
-Mask: TypeAlias = Tensor | Callable[[torch.Size], Tensor]
+Mask: TypeAlias = Tensor | Callable[[torch.Size], Tensor] | NestedKey
 Masks: TypeAlias = Mask | Mapping[NestedKey, Mask] | None
 
 
@@ -103,44 +104,96 @@ def check_masks(masks: Masks, wrt: tuple[Wrt, ...]) -> None:
             )
 
 
-def numbered(masks: Masks, rows: Mapping[Wrt, torch.Size]) -> tuple[dict[Wrt, Tensor], int]:
+def mask_key(masks: Masks, name: NestedKey) -> NestedKey | None:
+    """The entry that holds the mask of ``name``, if one does."""
+    mask = _of(masks, name)
+    return as_key(join(mask, name)) if isinstance(mask, (str, tuple)) else None
+
+
+def keyed_groups(masks: Masks, names: Sequence[NestedKey], td: TensorDictBase) -> Tensor:
+    """All numbers of groups in the masks that are entries of ``td``, so that pieces of it number them alike."""
+    keys = [key for name in names if (key := mask_key(masks, name)) is not None]
+    found = [value.flatten().long() for key in keys if isinstance(value := td.get(key), Tensor)]
+    return torch.cat(found).unique() if found else torch.zeros(0, dtype=torch.long)
+
+
+def numbered(
+    masks: Masks, values: Mapping[Wrt, Tensor], td: TensorDictBase, also: Tensor
+) -> tuple[dict[Wrt, Tensor], int]:
     """For each entry the number of every element's group (-1: never touched), and how many groups there are.
 
     Equal numbers are one group, also across entries. Where there is no mask each element is a group of its own.
 
+    Args:
+        masks: the masks.
+        values: the entries and sites, ``[*B, *row]``.
+        td: where masks that are entries lie.
+        also: numbers of groups that other rows have.
+
+    Returns:
+        ``[*B, *row]`` for masks that are entries, else ``[1, ..., *row]`` with a 1 for each batch dim.
+
     Raises:
-        BadValue: a mask that does not broadcast to the row.
+        BadValue: a mask that does not broadcast to the row. BadKey: one that is not there.
     """
+    lead = td.batch_dims
     raw: dict[Wrt, Tensor] = {}
     free: list[Wrt] = []
-    for w, row in rows.items():
+    for w, value in values.items():
         name = w.key if isinstance(w, Site) else w
-        mask = masks.get(name) if isinstance(masks, Mapping) else masks
+        mask, row = _of(masks, name), value.shape[lead:]
         if mask is None:
             free.append(w)
             continue
-        ids = mask if isinstance(mask, Tensor) else mask(row)
+        if keyed := isinstance(mask, (str, tuple)):
+            ids = _entry(masks, name, td)
+        else:
+            ids = mask if isinstance(mask, Tensor) else mask(row)
+        front = ids.shape[:lead] if keyed else (1,) * lead
+        rest = ids.shape[lead:] if keyed else ids.shape
         try:
-            raw[w] = ids.cpu().long().expand(row)
+            raw[w] = ids.long().reshape(*front, *[1] * (len(row) - len(rest)), *rest).expand(*front, *row)
         except RuntimeError:
             needed = f"a shape that broadcasts to the row's {list(row)}"
-            raise BadValue(f"the mask of {name!r} has another shape", got=f"{list(ids.shape)}", needed=needed) from None
-    known = torch.cat([torch.zeros(0, dtype=torch.long), *(ids.flatten() for ids in raw.values())])
-    groups = known[known >= 0].unique()
-    found = {w: torch.where(ids < 0, -1, torch.searchsorted(groups, ids.contiguous())) for w, ids in raw.items()}
-    count = len(groups)
+            raise BadValue(f"the mask of {name!r} has another shape", got=f"{list(rest)}", needed=needed) from None
+    count, found = 0, dict[Wrt, Tensor]()
+    if raw:
+        known = torch.cat([also.cpu(), *(ids.flatten().cpu() for ids in raw.values())])
+        groups = known[known >= 0].unique()
+        count = len(groups)
+        for w, ids in raw.items():
+            place = torch.searchsorted(groups.to(ids.device), ids.contiguous())
+            found[w] = torch.where(ids < 0, -1, place).to(values[w].device)
     for w in free:
-        found[w] = torch.arange(count, count + rows[w].numel()).view(rows[w])
-        count += rows[w].numel()
+        row = values[w].shape[lead:]
+        found[w] = torch.arange(count, count + row.numel(), device=values[w].device).view(*[1] * lead, *row)
+        count += row.numel()
     return found, count
 
 
+def _of(masks: Masks, name: NestedKey) -> Mask | None:
+    return masks.get(name) if isinstance(masks, Mapping) else masks
+
+
+def _entry(masks: Masks, name: NestedKey, td: TensorDictBase) -> Tensor:
+    key = mask_key(masks, name)
+    assert key is not None
+    ids = td.get(key)
+    if ids is None:
+        raise BadKey(f"no mask for {key_text(name)}", got=f"no entry {key_text(key)}")
+    _check(ids)
+    return ids
+
+
 def _check(mask: object) -> None:
+    if isinstance(mask, (str, tuple)):
+        as_key(mask)
+        return
     whole = isinstance(mask, Tensor) and not (mask.is_floating_point() or mask.is_complex())
     if not whole and (isinstance(mask, Tensor) or not callable(mask)):
         raise BadType(
             "not a mask",
             got=str(mask.dtype) if isinstance(mask, Tensor) else repr(mask),
-            needed="an integer tensor in the shape of a row, or a callable from that shape to one",
+            needed="an integer tensor in the shape of a row, a callable from that shape to one, or a key",
             fix="Grid((8, 8)), Along(0)",
         )

@@ -69,7 +69,7 @@ class FeaturePermutation(Replaceable, TensorDictModuleBase):
             raise BadValue("other rows are the baseline here", got="baseline=", fix="FeatureAblation(baseline=...)")
         self._perturbing = Perturbing(module, target, wrt, options)
         self.module, self._source = module, Source(generator)
-        self.in_keys, self.out_keys = self._perturbing.explaining.in_keys, self._perturbing.out_keys
+        self.in_keys, self.out_keys = self._perturbing.in_keys, self._perturbing.out_keys
 
     @dispatch_rows
     @set_skip_existing(None)
@@ -88,9 +88,10 @@ class FeaturePermutation(Replaceable, TensorDictModuleBase):
             ran, wrote = this.explaining.ran(part)
             parts.append((index, ran, this.hold(ran)))
             outputs.append(wrote)
+        also = this.groups(tensordict)
         results: dict[NestedKey, Tensor] = {key: joined([o[key] for o in outputs], batch, rows) for key in outputs[0]}
         for path in this.games:
-            played = [(index, Game(this, path, part, held)) for index, part, held in parts]
+            played = [(index, Game(this, path, part, held, also)) for index, part, held in parts]
             full = {w: joined([game.ends[w] for _, game in played], batch, rows) for w in path.wrt}
             orders = self._source.permutations(played[0][1].count, n).cpu()
             found = [
@@ -111,15 +112,12 @@ def _permute(
     game: Game, full: dict[Wrt, Tensor], orders: Tensor, index: object, whole: TensorDictBase
 ) -> dict[Wrt, Tensor]:
     """``orders [G, N]`` of all rows; this game has those at ``index``."""
+    orders = orders.to(game.device)
     mine = orders.view(len(orders), *whole.batch_size)
     mine = mine if index is ... else mine[(slice(None), *index)]  # type: ignore[misc]
     flat = {w: value.flatten(0, game.lead - 1) for w, value in full.items()}
 
-    def kept(at: Tensor) -> Tensor:  # experiment 0 is the row itself
-        return at.unsqueeze(-1) - 1 != torch.arange(game.count)
+    def other(at: Tensor, w: Wrt) -> Tensor:  # experiment 0 is the row itself
+        return flat[w][mine[(at - 1).clamp(min=0)].to(flat[w].device)]
 
-    def other(at: Tensor, w: Wrt) -> Tensor:
-        return flat[w][mine[(at.cpu() - 1).clamp(min=0)].to(flat[w].device)]
-
-    values = game.coalitions(game.count + 1, kept, other)
-    return game.spread(values[:1] - values[1:])
+    return game.one_by_one(other)

@@ -18,7 +18,7 @@ from tdconcepts.hooks.leaves import pick, put
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.baselines import Baselines, background, check_baselines, group_of, start
-from tdconcepts.perturbation.masks import Masks, check_masks, numbered
+from tdconcepts.perturbation.masks import Masks, check_masks, keyed_groups, mask_key, numbered
 
 __all__ = ["Game", "Perturbed", "Perturbing"]
 
@@ -28,8 +28,9 @@ class Perturbed(Options, total=False):
 
     Args:
         mask: which elements are one feature: an integer tensor in the shape of a row, a callable from that shape to one
-            (:class:`Grid`, :class:`Along`), or a dict of these by key. Equal numbers are one feature, also across
-            entries; -1 is never touched. Default: each element is one.
+            (:class:`Grid`, :class:`Along`); the first part of the keys that hold a mask for each row, ``[*B, *row]``;
+            or a dict of these by key. Equal numbers are one feature, also across entries; -1 is never touched. A number
+            that a row does not have is a feature without elements there. Default: each element is one.
         baseline: what stands in for a feature that is taken away: a number; a tensor in the shape of a row; the first
             part of the keys that hold it; a callable ``(value, batch_dims) -> value`` (:class:`Blur`, :class:`Mean`); a
             TensorDict of M rows, over which results are averaged; or a dict of these by key. Default:
@@ -66,22 +67,29 @@ class Perturbing:
         self.games = [Pullback(module, target, list(g)) for g in ([entries] if entries else []) + apart]
         self.keys = dict(zip(whole.wrt, this.attribution_keys, strict=True))
         held = [group_of(self.baseline, name) for name in whole.names]
-        self.in_keys = list(dict.fromkeys([*this.in_keys, *(key for key, must in held if key is not None and must)]))
+        needs = [mask_key(self.mask, name) for name in whole.names]
+        needs += [key for key, must in held if must]
+        self.in_keys = list(dict.fromkeys([*this.in_keys, *(key for key in needs if key is not None)]))
         self.optional_keys = [key for key, must in held if key is not None and not must]
         self.out_keys = this.out_keys
 
     def run(self, td: TensorDictBase, play: Callable[[Game], Mapping[Wrt, Tensor]]) -> TensorDictBase:
         """Write what ``play(game)`` gives for each chunk of the batch and each game, and return ``td``."""
+        also = self.groups(td)
 
         def attribute(part: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
             part, outputs = self.explaining.ran(part)
             held = self.hold(part) if held is None else held
             found: dict[NestedKey, Tensor] = {}
             for path in self.games:
-                found |= self.named(play(Game(self, path, part, held)))
+                found |= self.named(play(Game(self, path, part, held, also)))
             return found | outputs
 
         return self.explaining.run(td, attribute)
+
+    def groups(self, td: TensorDictBase) -> Tensor:
+        """The numbers of all groups in masks that are entries: those of the whole batch, for all of its chunks."""
+        return keyed_groups(self.mask, self.explaining.pullback.names, td) if isinstance(td, TensorDictBase) else _NONE
 
     def named(self, found: Mapping[Wrt, Tensor]) -> dict[NestedKey, Tensor]:
         """Results by the key under which they are written."""
@@ -93,17 +101,20 @@ class Perturbing:
         return self.games[0].hold(td)
 
 
-_OWN = ("mask", "baseline")
+_OWN, _NONE = ("mask", "baseline"), torch.zeros(0, dtype=torch.long)
+_TABLE = 2**22  # the largest table of subsets that is made at once
 
 
 class Game:
     """One batch and the features that can be taken away from it.
 
-    ``ends``: the value of each entry or site; ``ids``: for each of its elements the number of its feature (-1: none);
-    ``count``: the number of features; ``lead``: the number of batch dims.
+    ``ends``: the value of each entry or site; ``ids``: for each of its elements the number of its feature (-1: none),
+    ``[*B or 1, *row]``; ``count``: the number of features; ``lead``: the number of batch dims.
     """
 
-    def __init__(self, owner: Perturbing, path: Pullback, td: TensorDictBase, held: Tensor | None) -> None:
+    def __init__(
+        self, owner: Perturbing, path: Pullback, td: TensorDictBase, held: Tensor | None, also: Tensor = _NONE
+    ) -> None:
         self.owner, self.path, self.td, self.held = owner, path, td, held
         self.lead = lead = td.batch_dims
         graph = owner.explaining.create_graph
@@ -119,24 +130,24 @@ class Game:
         self.rows = {w: background(given, names[w], end, lead) for w, end in self.ends.items()}
         self.copies = max((len(rows) for rows in self.rows.values() if rows is not None), default=1)
         self.starts = {w: start(given, names[w], end, td) for w, end in self.ends.items() if self.rows[w] is None}
-        found, self.count = numbered(owner.mask, {w: end.shape[lead:] for w, end in self.ends.items()})
-        self.ids = {w: ids.to(self.ends[w].device) for w, ids in found.items()}
+        self.ids, self.count = numbered(owner.mask, self.ends, td, also)
+        self.device = next(iter(self.ends.values())).device
 
     def values(self, n: int, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None = None) -> Tensor:
         """The explained numbers of ``n`` experiments, ``[n, *B]`` or ``[n, *B, T]``.
 
         Args:
             n: how many experiments; with M rows of a baseline each is M forwards, and their mean.
-            kept: for experiments ``[m]`` the elements that stay as they are, ``[m, *row]``.
+            kept: for experiments ``[m]`` the elements that stay as they are, broadcast to ``[m, *B, *row]``.
             other: what stands in for the rest, ``[m, *B, *row]``; default: the baseline.
         """
         this, td, path, batch = self.owner.explaining, self.td, self.path, self.td.batch_size
         others = [key for key in path.reads(td) if key not in path.wrt]
         rows = this.rows(td, path.in_keys, self.sites.values())
-        found = []
+        found, every = [], torch.arange(n * self.copies, device=self.device)
         for group in this.tracked(groups(n * self.copies, rows, td.numel()), "forward passes"):
             m = len(group)
-            at = torch.arange(group.start, group.stop, device=td.device)
+            at = every[group.start : group.stop]
             points = {w: spread(self._moved(w, at, kept, other), m, batch) for w in path.wrt}
             held = None if self.held is None else spread(self.held.expand(m, *self.held.shape), m, batch)
             value, _ = path.evaluate(expand(td, m, others), points, held, create_graph=this.create_graph)
@@ -144,19 +155,46 @@ class Game:
         values = torch.cat(found)
         return values.unflatten(0, (n, self.copies)).mean(1) if self.copies > 1 else values
 
-    def coalitions(self, n: int, kept: Callable[[Tensor], Tensor], other: Other | None = None) -> Tensor:
-        """The explained numbers where experiment ``i`` keeps the features ``kept(i)``, ``[m, count]``."""
+    def coalitions(self, n: int, kept: Callable[[Tensor], Tensor]) -> Tensor:
+        """The explained numbers where experiments ``[m]`` keep the features ``kept(experiments)``, ``[m, count]``."""
+
+        def with_none(at: Tensor) -> Tensor:  # with a column for -1, the elements that are never touched
+            return torch.nn.functional.pad(kept(at), (0, 1), value=True)
+
+        whole = n * (self.count + 1) <= _TABLE
+        table = with_none(torch.arange(n, device=self.device)) if whole else None
 
         def elements(at: Tensor, w: Wrt) -> Tensor:
-            stay = torch.nn.functional.pad(kept(at.cpu()).to(self.ids[w].device), (0, 1), value=True)
-            return stay[:, self.ids[w]]  # -1 is the column that was added
+            stay = with_none(at) if table is None else table[at]
+            return stay.to(self.ids[w].device)[:, self.ids[w]]
 
-        return self.values(n, elements, other)
+        return self.values(n, elements)
+
+    def one_by_one(self, other: Other | None = None) -> dict[Wrt, Tensor]:
+        """What is lost without each of the features, as the score of its elements."""
+        missing = torch.arange(-1, self.count, device=self.device)
+        missing[0] = -2  # experiment 0 is the row itself; -1 are elements that are never touched
+        missing = missing.view(-1, *[1] * self.lead)
+
+        def elements(at: Tensor, w: Wrt) -> Tensor:
+            ids = self.ids[w]
+            return missing[at].to(ids.device).view(len(at), *[1] * ids.ndim) != ids
+
+        values = self.values(self.count + 1, elements, other)
+        return self.spread(values[:1] - values[1:])
 
     def spread(self, scores: Tensor) -> dict[Wrt, Tensor]:
         """A score for each feature, ``[count, *B(, T)]``, as that of each of its elements, ``[*B(, T), *row]``."""
         wide = torch.nn.functional.pad(scores.movedim(0, -1), (0, 1))
-        return {w: self.shaped(w, wide[..., ids]) for w, ids in self.ids.items()}
+        return {w: self.shaped(w, self._each(wide, ids)) for w, ids in self.ids.items()}
+
+    def _each(self, wide: Tensor, ids: Tensor) -> Tensor:
+        lead, row = self.lead, ids.shape[self.lead :]
+        if ids.shape[:lead].numel() == 1:
+            return wide[..., ids.reshape(row)]
+        flat = ids.reshape(*ids.shape[:lead], row.numel()) % wide.shape[-1]  # each row has its own
+        flat = flat.unsqueeze(lead) if wide.ndim > lead + 1 else flat
+        return wide.gather(-1, flat.expand(*wide.shape[:-1], -1)).reshape(*wide.shape[:-1], *row)
 
     def shaped(self, w: Wrt, found: Tensor) -> Tensor:
         """A result in the dtype of what it explains."""
@@ -171,7 +209,6 @@ class Game:
         end, rows, lead, copies = self.ends[w], self.rows[w], self.lead, self.copies
         experiment = at // copies if copies > 1 else at
         stay = kept(experiment, w)
-        stay = stay.reshape(len(at), *[1] * lead, *end.shape[lead:])
         if other is not None:
             base = other(experiment, w)
         elif rows is not None:

@@ -148,6 +148,7 @@ class ShapleyExact(Replaceable, TensorDictModuleBase):
 def _along_orders(game: Game, orders: Tensor) -> dict[Wrt, Tensor]:
     """``orders [n, G]``; experiment 0 has no feature, 1 has all, the others are inner points of the orders."""
     n, count = orders.shape
+    orders = orders.to(game.device)
     ranks, inner = orders.argsort(-1), count - 1
 
     def kept(at: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def _along_orders(game: Game, orders: Tensor) -> dict[Wrt, Tensor]:
 def _over_subsets(game: Game) -> dict[Wrt, Tensor]:
     game.need(_MOST, "all subsets", "a mask with fewer groups, or ShapleySampling")
     count = game.count
-    bits = torch.arange(count)
+    bits = torch.arange(count, device=game.device)
     values = game.coalitions(2**count, lambda at: (at.unsqueeze(-1) >> bits) & 1 == 1)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     every = torch.arange(2**count)

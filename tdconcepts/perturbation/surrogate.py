@@ -209,7 +209,8 @@ class _Player:
         if game.path not in self.made:
             self.made[game.path] = self.design(game.count)
         kept, solve = self.made[game.path]
-        values = game.coalitions(len(kept), lambda at: kept[at])
+        there = kept.to(game.device)
+        values = game.coalitions(len(kept), lambda at: there[at])
         return game.spread(solve(values.to(torch.promote_types(values.dtype, torch.float32))))
 
 

@@ -23,6 +23,7 @@ from tdconcepts.hooks.batching import (
     slices,
     spread,
     tracked,
+    widths,
 )
 
 shapes = st.sampled_from([(), (1,), (4,), (2, 3), (1, 3), (2, 1, 3), (0,), (0, 3)])
@@ -146,39 +147,53 @@ def test_rows_in_flight():
     assert rows_of(rows(3, 2), 7, ["x"]) == 7
     assert rows_of(rows(3, 2), 1, ["x"]) == 1
     assert rows_of(rows(3, 2), None, ["x"]) == 2**14, "small rows: many at once"
-    assert rows_of(rows(1, 3072), None, ["x"]) == 16, "192 KB"
-    assert rows_of(rows(8, 3072), None, ["x"]) == 32, "four times the batch"
-    assert rows_of(rows(30, 3072), None, ["x"]) == 42, "512 KB"
-    assert rows_of(rows(1, 2**17), None, ["x"]) == 4, "four rows"
-    assert rows_of(rows(40, 2**16), None, ["x"]) == 40, "the batch"
+    assert rows_of(rows(1, 2**14), None, ["x"]) == 16, "1 MB"
+    assert rows_of(rows(8, 2**14), None, ["x"]) == 16, "that is two copies"
+    assert rows_of(rows(30, 2**14), None, ["x"]) == 30, "the batch"
+    assert rows_of(rows(1, 2**18), None, ["x"]) == 4, "four rows"
     assert rows_of(rows(0, 4), None, ["x"]) >= 1
-    assert rows_of(rows(2, 2**16), None, []) >= 2
+    assert rows_of(rows(2, 2**14), None, []) >= 2
+    assert rows_of(rows(2, 2**10), None, ["x"], [torch.zeros(2, 2**13), torch.zeros(2, 1)]) == 32, "inside it is larger"
 
 
-def test_what_a_row_is_measured_by():
-    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100))
-    tokens = rows(1, 32, torch.int64)
-    assert rows_of(tokens, None, ["x"]) == 1536
-    assert rows_of(tokens, None, ["x"], module=model) == 15, "a token has 100 scores"
-    assert rows_of(tokens, None, ["x"], module=model[0]) == 192, "or 8 numbers"
-    assert rows_of(tokens, None, ["x"], module=nn.Linear(32, 2)) == 1536
-    assert rows_of(tokens, None, ["x"], inside=[torch.zeros(1, 4, 1024)]) == 12, "a value inside is larger"
+@pytest.mark.parametrize(
+    ("layers", "dtype", "size", "numbers"),
+    [
+        ([], torch.float32, 100, 100),
+        ([nn.Linear(16, 64), nn.Linear(64, 4)], torch.float32, 16, 64),
+        ([nn.Linear(16, 64), nn.Linear(64, 4)], torch.float32, 160, 640),  # ten tokens of 16 numbers
+        ([nn.Linear(200, 10)], torch.float32, 100, 100),
+        ([nn.Conv2d(3, 12, 3), nn.Linear(500, 10000)], torch.float32, 300, 1200),
+        ([nn.Conv2d(3, 12, 3, stride=2), nn.Conv2d(12, 48, 3, stride=(2, 1))], torch.float32, 300, 600),
+        ([nn.Conv2d(3, 12, 3), nn.MaxPool2d(2), nn.Conv2d(12, 96, 3)], torch.float32, 300, 2400),
+        ([nn.Conv1d(3, 12, 3), nn.AvgPool1d(4), nn.ConvTranspose1d(12, 9, 3, stride=4)], torch.float32, 300, 1200),
+        ([nn.Embedding(50, 8), nn.Linear(8, 50)], torch.int64, 10, 500),  # a score for each word
+        ([nn.Embedding(50, 8)], torch.int32, 10, 80),
+        ([nn.Linear(10, 20)], torch.int64, 10, 10),  # actions, say
+    ],
+)
+def test_what_a_row_becomes(layers, dtype, size, numbers):
+    found = rows_of(rows(1, size, dtype), None, ["x"], wide=widths(nn.Sequential(*layers)))
+    assert found == min(2**14, 2**18 // numbers)
 
 
 def test_pieces_of_a_large_batch():
-    model = nn.Linear(1, 1)
-    assert pieces_of(rows(32, 2**16), None, ["x"], model) is None, "few rows"
-    assert pieces_of(rows(2**9, 2**11), None, ["x"], model) is None, "4 MB"
-    assert pieces_of(rows(2**10, 2**11), None, ["x"], model) == 128, "1 MB"
-    assert pieces_of(rows(2**7, 2**15), None, ["x"], model) == 32, "32 rows"
-    assert pieces_of(rows(2**10, 2**11).reshape(4, 256), None, ["x"], model) == 256, "no index of the first dim is cut"
-    assert pieces_of(rows(2**10, 2**11), 2**10, ["x"], model) is None
-    assert pieces_of(rows(2**10, 2**11).reshape(4, 256), 7, ["x"], model) == 7, "but on request"
-    assert pieces_of(rows(8, 2).reshape(2, 4), 3, ["x"], nn.Sequential(nn.LSTM(2, 2))) == 4, "time is a dim"
-    assert pieces_of(rows(0, 2), 3, ["x"], model) is None
+    def pieces(td, chunk_size, module=nn.Identity()):  # noqa: B008
+        return pieces_of(td, chunk_size, ["x"], module, widths(module))
+
+    assert pieces(rows(8, 2**20), None) is None, "few rows"
+    assert pieces(rows(2**10, 2**11), None) is None, "8 MB"
+    assert pieces(rows(2**11, 2**11), None) == 128, "1 MB"
+    assert pieces(rows(2**9, 2**11), None, nn.Linear(2**11, 2**13)) == 32, "of the widest layer"
+    assert pieces(rows(2**7, 2**16), None) == 8, "8 rows"
+    assert pieces(rows(2**11, 2**11).reshape(4, 512), None) == 512, "no index of the first dim is cut"
+    assert pieces(rows(2**11, 2**11), 2**11) is None
+    assert pieces(rows(2**11, 2**11).reshape(4, 512), 7) == 7, "but on request"
+    assert pieces(rows(8, 2).reshape(2, 4), 3, nn.Sequential(nn.LSTM(2, 2))) == 4, "time is a dim"
+    assert pieces(rows(0, 2), 3) is None
     norm = nn.Sequential(nn.BatchNorm1d(2))
-    assert pieces_of(rows(2**10, 2**11), None, ["x"], norm) is None
-    assert pieces_of(rows(2**10, 2**11), None, ["x"], norm.eval()) == 128
+    assert pieces(rows(2**11, 2**11), None, norm) is None
+    assert pieces(rows(2**11, 2**11), None, norm.eval()) == 128
 
 
 # ---------------------------------------------------------------------------------------------------- bars

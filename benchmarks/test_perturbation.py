@@ -1,0 +1,192 @@
+"""Methods of forward passes against Captum's, and against hand-written PyTorch: the forwards they can't do without."""
+
+import captum.attr
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from tdconcepts import Target
+from tdconcepts.perturbation import FeatureAblation, Grid, KernelShap, Lime, Occlusion, ShapleyExact, ShapleySampling
+
+IMAGE, ROW, Y = ("attribution", "image"), ("attribution", "x"), 1
+
+pytestmark = [
+    pytest.mark.benchmark(group="perturbation"),
+    pytest.mark.filterwarnings("ignore::UserWarning:captum", "ignore:.*attention mask.*:UserWarning"),
+]
+
+
+def cnn(side=32):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    layers = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32 * (side // 2) ** 2, 10))
+    return TensorDictModule(layers, ["image"], ["y"])
+
+
+class Mean(nn.Module):
+    """A model that costs next to nothing."""
+
+    def forward(self, image):
+        return image.mean((1, 2, 3)).unsqueeze(-1).expand(-1, 2)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return TensorDictModule(nn.Sequential(nn.Linear(17, 64), nn.Tanh(), nn.Linear(64, 6)), ["x"], ["y"])
+
+
+def images(batch, side=32):
+    return TensorDict(image=torch.randn(batch, 3, side, side), batch_size=[batch])
+
+
+def observations(batch):
+    return TensorDict(x=torch.randn(batch, 17), batch_size=[batch])
+
+
+def captums(explainer, key, **options):
+    return lambda td: explainer.attribute(td.get(key), target=Y, **options)
+
+
+def loop(net, side=32, tile=4):
+    """One copy of the images, of which one tile at a time is taken away and put back."""
+
+    def form(td):
+        x = td.get("image")
+        with torch.no_grad():
+            whole = net.module(x)[:, Y]
+            found, moved = torch.empty_like(x), x.clone()
+            for row in range(0, side, tile):
+                for column in range(0, side, tile):
+                    at = (..., slice(row, row + tile), slice(column, column + tile))
+                    moved[at] = 0.0
+                    found[at] = (whole - net.module(moved)[:, Y]).view(-1, 1, 1, 1)
+                    moved[at] = x[at]
+        return found
+
+    return form
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_feature_ablation(compare, batch):
+    net = cnn()
+    compare(
+        f"FeatureAblation, 64 tiles, CNN 32x32, batch {batch} / a loop in PyTorch",
+        FeatureAblation(net, Target("y", Y), mask=Grid((4, 4))),
+        loop(net),
+        images(batch),
+        [IMAGE],
+        at_most=1.1,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_feature_ablation_of_captum(compare, batch):
+    net, mask = cnn(), Grid((4, 4))
+    groups = mask(torch.Size([3, 32, 32]))[None]
+    explain = captum.attr.FeatureAblation(net.module)
+    forms = {
+        f"Captum, {n} at once": captums(explain, "image", feature_mask=groups, perturbations_per_eval=n)
+        for n in (1, 16)
+    }
+    compare(
+        f"FeatureAblation, 64 tiles, CNN 32x32, batch {batch} / the best of",
+        FeatureAblation(net, Target("y", Y), mask=mask),
+        forms,
+        images(batch),
+        [IMAGE],
+        faster=1.5,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_occlusion(compare, batch):
+    net = cnn()
+    explain = captum.attr.Occlusion(net.module)
+    windows = {"sliding_window_shapes": (3, 8, 8), "strides": (3, 4, 4)}
+    forms = {f"Captum, {n} at once": captums(explain, "image", perturbations_per_eval=n, **windows) for n in (1, 16)}
+    compare(
+        f"Occlusion, 49 windows, CNN 32x32, batch {batch} / the best of",
+        Occlusion(net, Target("y", Y), window=(8, 8), stride=4),
+        forms,
+        images(batch),
+        [IMAGE],
+        faster=1.5,
+    )
+
+
+def test_shapley_values_of_a_trivial_model(compare):
+    net, mask = TensorDictModule(Mean(), ["image"], ["y"]), Grid((16, 16))
+    groups = mask(torch.Size([3, 64, 64]))[None].contiguous()
+    explain = captum.attr.ShapleyValueSampling(net.module)
+    compare(
+        "ShapleySampling, 16 tiles x 25, 64x64, a trivial model / Captum",
+        ShapleySampling(net, Target("y", Y), n_samples=25, mask=mask),
+        captums(explain, "image", feature_mask=groups, n_samples=25),
+        images(1, 64),
+        [IMAGE],
+        faster=20,
+        tolerance=1e-4,
+    )
+
+
+def test_shapley_values_of_a_cnn(compare):
+    net, mask = cnn(64), Grid((16, 16))
+    groups = mask(torch.Size([3, 64, 64]))[None].contiguous()
+    explain = captum.attr.ShapleyValueSampling(net.module)
+    forms = {
+        f"Captum, {n} at once": captums(explain, "image", feature_mask=groups, n_samples=25, perturbations_per_eval=n)
+        for n in (1, 16)
+    }
+    compare(
+        "ShapleySampling, 16 tiles x 25, CNN 64x64 / the best of",
+        ShapleySampling(net, Target("y", Y), n_samples=25, mask=mask),
+        forms,
+        images(1, 64),
+        [IMAGE],
+        at_most=1.0,
+        tolerance=10.0,  # other orders
+    )
+
+
+def test_kernel_shap(compare):
+    net = mlp()
+    explain = captum.attr.KernelShap(net.module)
+    compare(
+        "KernelShap, 100 samples, MLP 17-64-6, batch 8 / Captum",
+        KernelShap(net, Target("y", Y), n_samples=100),
+        captums(explain, "x", n_samples=100),
+        observations(8),
+        [ROW],
+        faster=5,
+        tolerance=100.0,  # other subsets
+    )
+
+
+def test_lime(compare):
+    net = mlp()
+    explain = captum.attr.Lime(net.module)
+    compare(
+        "Lime, 100 samples, MLP 17-64-6, batch 8 / Captum",
+        Lime(net, Target("y", Y), n_samples=100),
+        captums(explain, "x", n_samples=100),
+        observations(8),
+        [ROW],
+        faster=5,
+        tolerance=100.0,
+    )
+
+
+def test_exact_shapley_values(compare):
+    net, mask = mlp(), torch.arange(17) // 3
+    explain = captum.attr.ShapleyValues(net.module)
+    compare(
+        "ShapleyExact, 6 groups, MLP 17-64-6, batch 8 / Captum's 6! orders",
+        ShapleyExact(net, Target("y", Y), mask=mask),
+        captums(explain, "x", feature_mask=mask[None]),
+        observations(8),
+        [ROW],
+        faster=20,
+        tolerance=1e-4,
+    )
