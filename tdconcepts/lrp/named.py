@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -38,13 +39,19 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.I
 
 
 @constructor()
-def BaseRuleMapper(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, constant: bool = False) -> Composite:  # noqa: N802
+def BaseRuleMapper(  # noqa: N802
+    stabilizer: Stabilizing = 1e-6,
+    rule_mapper: More = None,
+    constant: bool = False,
+    on_missing: Literal["raise", "warn", "gradient"] = "raise",
+) -> Composite:
     """What the composites share: activations, norms, pooling, attention and recurrent layers, and the operations.
 
     Args:
         stabilizer: a number or a stabiliser.
         rule_mapper: rules on top.
         constant: whether attention weights and gates are constants (CP-LRP).
+        on_missing: see :class:`~tdconcepts.lrp.Composite`; linear layers and convolutions have no rule here.
 
     Examples:
         >>> BaseRuleMapper().operations["gelu"]
@@ -81,7 +88,7 @@ def BaseRuleMapper(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, con
         "scaled_dot_product_attention": AttentionRule(constant),
         **dict.fromkeys(sorted(SUMS), norm),
     }
-    return _with(Composite(rules, operations, plain=kinds.PLAIN), rule_mapper)
+    return _with(Composite(rules, operations, on_missing=on_missing, plain=kinds.PLAIN), rule_mapper)
 
 
 def _with(composite: Composite, more: More) -> Composite:
@@ -170,6 +177,9 @@ def EpsilonGammaBox(  # noqa: N802
 def ExcitationBackprop(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None) -> Composite:  # noqa: N802
     """z-plus for every layer; activations and batch norms have their gradient.
 
+    It is the *relevance* that their gradient multiplies, so it flows by default. (In the gradient convention it is the
+    ratio, which for a ReLU is the same.)
+
     Source: Zhang et al., *Top-down neural attention by excitation backprop*, 2016.
 
     Examples:
@@ -180,7 +190,8 @@ def ExcitationBackprop(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None)
     plain = IgnoreRule()
     names = [*kinds.ELEMENTWISE, "batch_norm"]
     over = Composite({kinds.activation: plain, kinds.batch_norm: plain}, dict.fromkeys(names, plain))
-    return _layers(plus, plus, BaseRuleMapper(stabilizer) | over, rule_mapper)
+    base = dataclasses.replace(BaseRuleMapper(stabilizer) | over, convention="relevance")
+    return _layers(plus, plus, base, rule_mapper)
 
 
 @constructor(EPSILON)

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdconcepts import Target
+from tdconcepts.errors import BadValue
 from tdconcepts.lrp import (
     CPLRP,
     LRP,
@@ -191,7 +192,18 @@ def test_the_stabiliser_takes_the_rest(net):
     assert lost[2] < 1e-8
 
 
+def test_what_the_base_leaves_has_its_gradient():
+    net, x = mlp().double(), torch.randn(2, 12, dtype=torch.float64).requires_grad_()
+    with pytest.raises(BadValue, match=r"1 \(Linear\)"):
+        BaseRuleMapper().on(net)
+    with BaseRuleMapper(on_missing="gradient").on(net, convention="relevance") as m:
+        (found,) = torch.autograd.grad(m(x)[:, 0].sum(), x)
+    wanted = net[5].weight[0] @ net[3].weight @ net[1].weight  # activations pass
+    close(found, wanted.expand(2, 12))
+
+
 def test_what_they_share():
+    assert ExcitationBackprop().convention == "relevance"
     assert BaseRuleMapper(0.5).operations["matmul"].epsilon == 0.5
     assert EpsilonPlus(rule_mapper={"0": EpsilonRule(7.0)}).rules[0] == ("0", EpsilonRule(7.0))
     assert CPLRP().operations["linear"] == AttnLRP().operations["linear"] == EpsilonRule(0.0)
