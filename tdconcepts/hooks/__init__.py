@@ -13,6 +13,7 @@ from tdconcepts.hooks.programs import Capture, Patch, Programs, capture, patch
 from tdconcepts.hooks.pullback import Pullback, Pulled
 from tdconcepts.hooks.sites import Site
 from tdconcepts.hooks.stages import check_module, cut, needed, stages
+from tdconcepts.hooks.swaps import Weights
 from tdconcepts.hooks.targets import Target
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Site",
     "Steps",
     "Target",
+    "Weights",
     "When",
     "anchor",
     "capture",

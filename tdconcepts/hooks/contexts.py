@@ -143,7 +143,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         BadValue: where taps would have to be installed while ``torch.compile`` traces.
     """
-    if is_compiling() and not (run.plan.steps or run.plan.only_through or run.plan.around):
+    if is_compiling() and not (run.plan.steps or run.plan.only_through or run.plan.sees_functions):
         return function(*args)
     before = _ACTIVE.runs
     owner = run.owner
@@ -161,7 +161,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
             )
     try:
         _ACTIVE.runs = _joined(before, run, entered) if before else (run,)
-        if run.plan.around and not entered:
+        if run.plan.sees_functions and not entered:
             with Functions(run.plan, _ACTIVE):
                 return function(*args)
         return function(*args)
@@ -198,7 +198,7 @@ def enter(run: Run) -> None:
         )
     install(run.plan)
     _ACTIVE.runs = (*_ACTIVE.runs, run)
-    if run.plan.around:
+    if run.plan.sees_functions:
         push(Functions(run.plan, _ACTIVE))
 
 
@@ -209,7 +209,7 @@ def leave(owner: object) -> Run:
         raise BadValue("this context is not entered on this thread", needed="an exit on the thread of the entry")
     _ACTIVE.runs = tuple([other for other in _ACTIVE.runs if other is not run])
     remove(run.plan)
-    if run.plan.around:
+    if run.plan.sees_functions:
         withdraw(run.plan)
     return run
 

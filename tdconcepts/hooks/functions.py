@@ -16,7 +16,8 @@ __all__ = ["Functions", "push", "withdraw"]
 class Functions(TorchFunctionMode):
     """Shows each torch function that is called to the innermost plan that knows what to do with it.
 
-    It acts while a run of its plan is active on the thread: between two calls of a model it does nothing.
+    It acts while a run of its plan is active on the thread: between two calls of a model it does nothing. What a plan
+    swaps is swapped first; to compute it, the modes of the plans around this one see its functions in their turn.
     """
 
     def __init__(self, plan: Plan, thread: Any) -> None:
@@ -26,9 +27,11 @@ class Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = {} if kwargs is None else kwargs
-        if torch.is_grad_enabled():
-            for run in self.thread.runs:
-                if run.plan is self.plan and run.active and not run.inside:
+        for run in self.thread.runs:
+            if run.plan is self.plan and run.active:
+                for swap in self.plan.swaps:
+                    args, given = swap.swap(func, args, given)
+                if torch.is_grad_enabled() and not run.inside:
                     for act in self.plan.around:
                         return act.operate(run, func, args, given)
         return func(*args, **given)

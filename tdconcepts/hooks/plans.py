@@ -28,7 +28,8 @@ class Step(NamedTuple):
     ``every``: called at each call of the module (an edit), else a second call raises (a reading), unless the place says
     which call it means. ``whole``: ``act(tree, run, given)`` changes everything that the module is given or writes, and
     ``given`` is what it was given; such a module need not run. An ``act`` with a method ``operate(run, function, args,
-    kwargs)`` is called for every torch function that runs under the plan too.
+    kwargs)`` is called for every torch function that runs under the plan too, and one with a method ``swap(function,
+    args, kwargs)`` says what each of them is given instead.
     """
 
     place: Place
@@ -70,7 +71,9 @@ class Plan:
         steps = tuple(steps)
         self.root, self.only_through = root, only_through
         self.around = tuple(step.act for step in steps if hasattr(step.act, "operate"))  # these need no tap
-        self.steps = tuple(step for step in steps if not hasattr(step.act, "operate"))
+        self.swaps = tuple(step.act for step in steps if hasattr(step.act, "swap"))
+        self.sees_functions = bool(self.around or self.swaps)
+        self.steps = tuple(s for s in steps if not (hasattr(s.act, "operate") or hasattr(s.act, "swap")))
         self.outputs: dict[nn.Module, tuple[Step, ...]] = {}
         self.inputs: dict[nn.Module, tuple[Step, ...]] = {}
         for step in self.steps:
@@ -86,7 +89,7 @@ class Plan:
     def modules(self) -> Iterator[tuple[nn.Module, str]]:
         yield from ((module, "output") for module in self.outputs)
         yield from ((module, "input") for module in self.inputs if module is not self.root)
-        if self.steps or self.only_through or self.around:
+        if self.steps or self.only_through or self.sees_functions:
             yield self.root, "input"  # where a standing run learns that the model is called anew,
             if self.root not in self.outputs:
                 yield self.root, "output"  # and that the call has ended

@@ -14,7 +14,7 @@ from torch import nn
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["Place", "Site", "is_compiled", "module_paths", "place_of_entry", "places"]
+__all__ = ["Place", "Site", "is_compiled", "module_paths", "parameter_paths", "place_of_entry", "places"]
 
 Index: TypeAlias = Any  # int | slice | Ellipsis | list of int | tuple of these
 _TEXT = re.compile(
@@ -146,6 +146,29 @@ def module_paths(root: nn.Module, full: bool = False) -> dict[str, nn.Module]:
     return found
 
 
+def parameter_paths(root: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter under ``root`` by its path, as :func:`module_paths` has those of modules.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> list(parameter_paths(TensorDictModule(nn.Sequential(nn.Linear(2, 1)), ["x"], ["y"])))
+        ['0.weight', '0.bias']
+    """
+    found: dict[str, nn.Parameter] = {}
+
+    def visit(module: nn.Module, path: str) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(f"{path}{name}", parameter)
+        hidden = _hidden(module)
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, path if name == hidden else f"{path}{name}.")
+
+    visit(root, "")
+    return found
+
+
 def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = None) -> list[Place]:
     """Where ``site`` is in ``root``: one place, or several where its path is a glob, in the order of the model.
 
@@ -207,12 +230,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _walk(module: nn.Module, path: str, full: bool, found: dict[str, nn.Module], above: tuple[nn.Module, ...]) -> None:
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    hidden = None
-    if not full:
-        wraps = isinstance(module, (TensorDictModuleBase, *parallel))
-        hidden = "module" if wraps else "_orig_mod" if "_orig_mod" in module._modules else None
-        hidden = "td_module" if isinstance(module, TensorDictModuleWrapper) else hidden
+    hidden = None if full else _hidden(module)
     for name, child in module._modules.items():
         if child is None or child in above:
             continue
@@ -220,6 +238,15 @@ def _walk(module: nn.Module, path: str, full: bool, found: dict[str, nn.Module],
         if name != hidden:
             found.setdefault(below, child)
         _walk(child, below, full, found, (*above, module))
+
+
+def _hidden(module: nn.Module) -> str | None:
+    """The name of the child that a wrapper wraps."""
+    if isinstance(module, TensorDictModuleWrapper):
+        return "td_module"
+    if isinstance(module, (TensorDictModuleBase, nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if "_orig_mod" in module._modules else None
 
 
 def _is_index(part: Any) -> bool:
