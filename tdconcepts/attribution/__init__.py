@@ -4,6 +4,7 @@ from tdconcepts.attribution.cam import GradCAM
 from tdconcepts.attribution.conductance import Conductance, InternalInfluence, NeuronConductance
 from tdconcepts.attribution.deeplift import DeepLift, DeepLiftShap
 from tdconcepts.attribution.expected import ExpectedGradients
+from tdconcepts.attribution.fullgrad import FullGrad
 from tdconcepts.attribution.gradient import Gradient, InputXGradient, Saliency
 from tdconcepts.attribution.guided import Deconvolution, GuidedBackprop, GuidedGradCAM
 from tdconcepts.attribution.layers import (
@@ -27,6 +28,7 @@ __all__ = [
     "DeepLift",
     "DeepLiftShap",
     "ExpectedGradients",
+    "FullGrad",
     "GradCAM",
     "Gradient",
     "GuidedBackprop",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 
-__all__ = ["differentiable", "new_leaf", "seeds", "vector_jacobian"]
+__all__ = ["differentiable", "new_leaf", "seeds", "tangent", "vector_jacobian"]
 
 
 def vector_jacobian(
@@ -51,6 +51,18 @@ def vector_jacobian(
         None if piece[0] is None else torch.cat(piece) if len(piece) > 1 else piece[0]
         for piece in zip(*parts, strict=True)
     ]
+
+
+def tangent(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """``function(x)``, and its derivative at x in the direction of x: equal where it is homogeneous of degree one.
+
+    Examples:
+        >>> tangent(torch.relu, torch.tensor([-1.0, 2.0]))
+        (tensor([0., 2.]), tensor([0., 2.]))
+    """
+    value, pull = torch.func.vjp(function, x)  # twice backwards: torch's forward mode knows fewer functions
+    _, along = torch.func.vjp(lambda flow: pull(flow)[0], torch.zeros_like(value))
+    return value, along(x)[0]
 
 
 def seeds(values: Tensor) -> Tensor:

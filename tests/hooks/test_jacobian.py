@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
+from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, tangent, vector_jacobian
 
 MIX = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -105,3 +105,11 @@ def test_gradient_mode_is_on_whatever_the_caller_is_in(mode):
             x = torch.ones(2, requires_grad=True)
             assert (x * 2).requires_grad
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.relu, lambda x: x.softmax(-1)])
+def test_the_derivative_along_the_input(function):
+    x = torch.randn(3, dtype=torch.float64)
+    value, along = tangent(function, x)
+    assert torch.equal(value, function(x))
+    torch.testing.assert_close(along, torch.autograd.functional.jacobian(function, x) @ x)

@@ -16,6 +16,7 @@ from tdconcepts.attribution import (
     DeepLift,
     DeepLiftShap,
     ExpectedGradients,
+    FullGrad,
     GradCAM,
     GuidedBackprop,
     GuidedGradCAM,
@@ -211,6 +212,11 @@ ROWS = [
     explainer(
         "TransformerAttribution",
         lambda w: TransformerAttribution(attending(w), Target(w("logits"), [1, 0]), token=-1, **w.chunk),
+    ),
+    explainer(
+        "FullGrad",
+        lambda w: FullGrad(w.model, Target(w("logits"), [1, 2]), convergence_delta=True, **w.chunk),
+        *("0.0", "0.2", "0.3", "0.3:in", "1.0", "1.1", "1.1:in", "2.0", "2.1", "2.1:in", "2.2", "2.2:in", "2.4"),
     ),
     explainer("GradCAM", lambda w: GradCAM(w.model, Target(w("logits"), [1, 2]), "0.0", **w.chunk), "0.0"),
     row("LayerActivation", lambda w: LayerActivation(w.model, "0.0")),
