@@ -93,6 +93,7 @@ def over_time(
     groups: Mapping[str, Tensor] | None = None,
     xlabel: str = "step",
     title: str = "",
+    start: int = 0,
 ) -> Figure:
     """A grid of time series, states beside what explains them: a row for each feature, a column for each quantity.
 
@@ -102,6 +103,7 @@ def over_time(
         groups: name -> ``[T]``, True where a step belongs to the group (an action, say). Steps are then drawn as marks,
             a colour and shape for each group, so that what changes sign with the action stays legible.
         xlabel, title: texts.
+        start: the number of the first step.
 
     Raises:
         BadValue: nothing to draw, a series that isn't ``[T, F]``, a group that isn't ``[T]``.
@@ -121,7 +123,7 @@ def over_time(
             if value.ndim != 2 or value.shape[1] != len(rows):
                 raise BadValue(f"{name or heading!r} does not fit", got=_shape(value), needed=f"[T, {len(rows)}]")
             for row, axes in enumerate(grid[:, column]):
-                _draw_series(axes, value[:, row].detach().cpu(), number, name, groups)
+                _draw_series(axes, value[:, row].detach().cpu(), number, name, groups, start)
         if any(series) and not groups:
             grid[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), frameon=False)
     if groups:
@@ -198,8 +200,10 @@ def _values(part: Series) -> list[float]:
     return [float(value) for value in part]
 
 
-def _draw_series(axes: Axes, value: Tensor, number: int, name: str, groups: Mapping[str, Tensor] | None) -> None:
-    steps = torch.arange(len(value))
+def _draw_series(
+    axes: Axes, value: Tensor, number: int, name: str, groups: Mapping[str, Tensor] | None, start: int
+) -> None:
+    steps = start + torch.arange(len(value))
     if groups is None:
         axes.plot(steps, value, color=COLOURS[number % 7], ls=DASHES[number % 7], lw=1.3, label=name or None)
         return
