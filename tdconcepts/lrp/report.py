@@ -61,6 +61,8 @@ class Conservation:
         if value is not None:
             flow = flow * (nonzero(value) if rule.terminal and side == "in" else value)
         line = self.lines.setdefault(self.folded.get(name, name), Line(rule))
+        if name not in self.folded:
+            line.rule = rule
         total = float(under_vmap(flow).detach().sum())
         if side == "in":
             line.r_in += total

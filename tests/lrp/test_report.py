@@ -16,6 +16,7 @@ from tdconcepts.lrp import (
     EpsilonRule,
     FlatRule,
     FoldedBatchNorm,
+    ZPlusRule,
 )
 
 
@@ -80,6 +81,7 @@ def test_a_folded_pair_is_one_line(net, convention):
     assert report.folded == {"norm": "conv"}
     assert "norm" not in report.lines
     assert "conv + norm" in repr(report)
+    assert report.lines["conv"].rule == ZPlusRule()
     assert report.lines["conv"].r_in != 0 != report.lines["conv"].r_out
 
 
