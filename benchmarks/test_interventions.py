@@ -1,17 +1,26 @@
-"""The intervention pipeline against hand-written PyTorch for the same values (the aim: at most 1.5 at F=112, B=256).
+"""The intervention pipeline against hand-written PyTorch for the same values (the aim: at most 1.5 at F >= 112).
 
 The hand-written forms replace the least certain half of each row by the truth, in three ways of PyTorch; one with numpy
 is shown beside them. All give the pipeline's values on these data; only kthvalue and sort break ties by index on any
-data. Ten batches take turns: on one batch again and again, the branch predictor learns the selection by heart, and
-every form looks up to four times faster than it is.
+data. At small F what counts is the difference in microseconds, not the ratio: the aim is to be within 50 of the bare
+operations, where torch_concepts takes 90 to 120 more than they do. Its rows are there where it is installed
+(``pip install pytorch-concepts==1.0.0a7``); it selects ``1 + floor(q (F - 1))``, so that q is chosen for half here.
+
+Ten batches take turns: on one batch again and again, the branch predictor learns the selection by heart, and every form
+looks up to four times faster than it is.
 """
+
+import dataclasses
+import importlib
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
 
-from tdconcepts.interventions import Do, GroundTruth, InterventionPipeline, UncertaintyPolicy
+from tdconcepts.interventions import Do, GroundTruth, InterventionPipeline, UncertaintyPolicy, UniformPolicy
 
 ROWS, BATCHES = 256, 10
 
@@ -42,12 +51,64 @@ def by_partition(concepts, truth, k):
     return torch.where(mask, truth, concepts)
 
 
+HAND = {form.__name__: form for form in (by_topk, by_kthvalue, by_sort)}
+
+
 def batches_of(columns):
     generator = torch.Generator().manual_seed(0)
     for _ in range(BATCHES):
         concepts = torch.rand(ROWS, columns, generator=generator)
         labels = torch.randint(0, 2, (ROWS, columns), generator=generator).float()
         yield TensorDict({"concepts": concepts, "labels": labels}, [ROWS])
+
+
+def torch_concepts():
+    """Its layers, or None where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("torch_concepts.nn")
+    except ImportError:
+        return None
+
+
+def pyc(strategy, policy, columns, quantile=1.0):
+    """An InterventionModule around nothing, as a form; it gets a new one for each batch's truth."""
+    them = torch_concepts()
+    if them is None:
+        return {}
+    modules = {}
+
+    def form(td):
+        truth = td.get("labels")
+        module = modules.get(id(truth))
+        if module is None:
+            new = them.DoIntervention(1.0) if strategy == "do" else them.GroundTruthIntervention(truth)
+            made = them.UniformPolicy() if policy == "uniform" else them.UncertaintyInterventionPolicy(0.5)
+            module = modules[id(truth)] = them.InterventionModule(
+                nn.Identity(), new, made, list(range(columns)), quantile=quantile
+            )
+        return (module(td.get("concepts")),)
+
+    return {"torch_concepts' InterventionModule": form}
+
+
+def measured(compare, name, pipeline, hand, columns, peers):
+    """Eager, and for two sizes compiled; at small F the aim is the difference in microseconds."""
+    data = list(batches_of(columns))
+    few = columns < 112
+    options = {"at_most": None if few else 1.5, "tolerance": 0}
+    compare(f"{name}, F={columns}", pipeline, hand, data, ["concepts"], peers=peers, **options)
+    if few:
+        at = max(i for i, row in enumerate(compare.rows) if row.name.startswith(name))
+        row = compare.rows[at]
+        compare.rows[at] = dataclasses.replace(row, aim="+ 50 us", met=row.ours - row.reference <= 50e-6)
+    if columns in (4, 112):
+        torch._dynamo.reset()
+        first = next(iter(hand.values()))
+        forms = hand | {"compiled": torch.compile(first, fullgraph=True)}
+        compiled = torch.compile(pipeline, fullgraph=True)
+        compare(f"{name}, F={columns}, compiled", compiled, forms, data, ["concepts"], tolerance=0)
 
 
 @pytest.mark.parametrize("strategy", [Do(1.0), GroundTruth("labels")], ids=["do", "ground truth"])
@@ -59,13 +120,28 @@ def test_uncertainty_half(compare, columns, strategy):
     def hand(form):
         return lambda td: form(td.get("concepts"), one if isinstance(strategy, Do) else td.get("labels"), k)
 
-    compare(
-        f"InterventionPipeline, {type(strategy).__name__}, F={columns}",
+    kind = "do" if isinstance(strategy, Do) else "truth"
+    peers = pyc(kind, "uncertainty", columns, quantile=(k - 1) / (columns - 1) + 1e-9)
+    measured(
+        compare,
+        f"InterventionPipeline, {type(strategy).__name__}",
         InterventionPipeline(UncertaintyPolicy(), strategy, fraction=0.5),
-        {form.__name__: hand(form) for form in (by_topk, by_kthvalue, by_sort)},
-        list(batches_of(columns)),
-        ["concepts"],
-        at_most=1.5 if columns >= 112 else None,
-        peers={"numpy's partition by hand": hand(by_partition)},
-        tolerance=0,
+        {name: hand(form) for name, form in HAND.items()},
+        columns,
+        peers | {"numpy's partition by hand": hand(by_partition)},
+    )
+
+
+@pytest.mark.parametrize("columns", [4, 16, 112, 1000])
+@pytest.mark.benchmark(group="interventions: pipeline / the bare torch.where")
+def test_all(compare, columns):
+    """Every concept is replaced: no selection, so the reference is torch.where alone, with a mask that is there."""
+    mask = torch.ones(ROWS, columns, dtype=torch.bool)
+    measured(
+        compare,
+        "InterventionPipeline, all, GroundTruth",
+        InterventionPipeline(UniformPolicy(), GroundTruth("labels")),
+        {"torch.where": lambda td: torch.where(mask, td.get("labels"), td.get("concepts"))},
+        columns,
+        pyc("truth", "uniform", columns),
     )

@@ -12,8 +12,9 @@ from tdconcepts.interventions.program import Intervention
 from tdconcepts.interventions.selection import Selection, SelectStage
 from tdconcepts.interventions.sequential import GreedyStage
 from tdconcepts.interventions.spaces import to_logits
+from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.splicing import intervene
-from tdconcepts.interventions.stages import ConceptStage, ReplaceStage, Splice
+from tdconcepts.interventions.stages import ConceptStage, ReplaceStage
 from tdconcepts.interventions.strategies import Do, GroundTruth
 
 __all__ = [

@@ -13,7 +13,8 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Pullback, Site, Target
 from tdconcepts.interventions.spaces import EPS, to_logits
-from tdconcepts.interventions.stages import ConceptStage, Splice, read_block
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import ConceptStage, read_block
 from tdconcepts.keys import GRADIENT, NestedKey, as_key, join, key_text
 
 __all__ = ["ExpectedInfluencePolicy", "GradientPolicy"]

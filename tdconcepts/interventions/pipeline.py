@@ -11,16 +11,10 @@ from tensordict.nn import TensorDictModuleBase, TensorDictSequential, skip_exist
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType
-from tdconcepts.interventions.selection import Selection, SelectStage, known_places
+from tdconcepts.interventions.selection import Selection, SelectStage
 from tdconcepts.interventions.sequential import GreedyStage
-from tdconcepts.interventions.stages import (
-    CallableStage,
-    ConceptStage,
-    ReplaceStage,
-    Splice,
-    check_unlocked,
-    read_block,
-)
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import CallableStage, ConceptStage, ReplaceStage, check_unlocked, read_block
 from tdconcepts.keys import NestedKey, as_key, key_text
 
 __all__ = ["InterventionPipeline", "Step"]
@@ -137,8 +131,7 @@ def _in_one_go(
     concepts = read_block(tensordict, at)
     check_unlocked(tensordict, at)
     plain = concepts.detach()
-    new = value.compute(plain, tensordict)
-    known = known_places(new) if select.missing else None
+    new, known = value.known(plain, tensordict)
     if score.fixed and select.is_exact and known is None:  # one row says it for all
         ranks = score.compute(plain.new_zeros(plain.shape[-1:]), tensordict)
         mask = select.mask(ranks).expand(plain.shape)
@@ -150,13 +143,13 @@ def _in_one_go(
         ranks = score.compute(plain, source)
         mask = select.mask(ranks, select.read(tensordict), known)
     result = replace.replaced(concepts, mask, new, ranks)
-    entries = {value_key: new, score_key: ranks, mask_key: mask, before_key: concepts}
-    if tensordict.get(value_key[:-1], None) is None:  # one group at once costs half of four entries in it
-        group = {key[-1]: entry for key, entry in entries.items()}
-        tensordict.set(value_key[:-1], TensorDict(group, tensordict.batch_size, device=tensordict.device))
+    present = tensordict.keys()
+    if value_key[0] not in present:  # one group at once costs half of four entries in it
+        group = {"value": new, "score": ranks, "mask": mask, "before": concepts}
+        device = {} if tensordict.device is None else {"device": tensordict.device}
+        tensordict.set(value_key[:-1], TensorDict(group, tensordict.batch_size, **device))
     else:
-        for key, entry in entries.items():
-            tensordict.set(key, entry)
+        tensordict.set(value_key, new).set(score_key, ranks).set(mask_key, mask).set(before_key, concepts)
     return tensordict.set(at, result)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.interventions.draws import check_generator
-from tdconcepts.interventions.stages import ConceptStage, Splice, read_block
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import ConceptStage, read_block
 from tdconcepts.keys import NestedKey, as_keys
 
 __all__ = ["LearnedPolicy", "OrderPolicy", "RandomPolicy", "UncertaintyPolicy", "UniformPolicy"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tdconcepts.errors import BadKey, BadValue, nearest
-from tdconcepts.interventions.stages import ConceptStage, Splice
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import ConceptStage
 from tdconcepts.keys import NestedKey, key_text
 
 __all__ = ["PositiveWeights"]

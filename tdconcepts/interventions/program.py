@@ -15,7 +15,7 @@ from tdconcepts.hooks import Bound, Hooked, Patch, Programs, Site, check_module,
 from tdconcepts.interventions.pipeline import InterventionPipeline, Step
 from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.selection import Selection
-from tdconcepts.interventions.stages import Splice
+from tdconcepts.interventions.splice import Splice
 from tdconcepts.keys import ACTIVATION, INTERVENTION, NestedKey, as_key, check_writable, join, key_text
 
 __all__ = ["Intervention", "Options", "described"]

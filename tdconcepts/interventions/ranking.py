@@ -59,8 +59,9 @@ def counted_mask(score: Tensor, allowed: Tensor, counts: Tensor | int) -> Tensor
         >>> counted_mask(score, allowed, torch.tensor([1, 2])).int().tolist()
         [[0, 0, 1], [1, 0, 1]]
     """
-    rank = _order(score, allowed).argsort(-1)
-    return (rank < (counts.unsqueeze(-1) if isinstance(counts, Tensor) else counts)) & allowed
+    if isinstance(counts, int):
+        return top_mask(_ranked(score, allowed), min(counts, score.shape[-1])) & allowed
+    return (_order(score, allowed).argsort(-1) < counts.unsqueeze(-1)) & allowed
 
 
 def affordable_mask(score: Tensor, allowed: Tensor, costs: Tensor, left: Tensor) -> Tensor:
@@ -94,12 +95,16 @@ def affordable_mask(score: Tensor, allowed: Tensor, costs: Tensor, left: Tensor)
 
 def _order(score: Tensor, allowed: Tensor) -> Tensor:
     """The indices by falling score, ties by index, NaN behind, what is not allowed at the very end."""
+    return _ranked(score, allowed).argsort(dim=-1, descending=True, stable=True)
+
+
+def _ranked(score: Tensor, allowed: Tensor) -> Tensor:
+    """Finite scores, and minus infinity for what is not allowed."""
     score = score.detach()
     if not score.is_floating_point():
         score = score.double()
     low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
-    ranked = torch.where(allowed, score.nan_to_num(low, high, low), -torch.inf)
-    return ranked.argsort(dim=-1, descending=True, stable=True)
+    return torch.where(allowed, score.nan_to_num(low, high, low), -torch.inf)
 
 
 def _is_plain(score: Tensor) -> bool:

@@ -13,11 +13,12 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.interventions.draws import check_generator
 from tdconcepts.interventions.ranking import affordable_mask, counted_mask, top_mask
-from tdconcepts.interventions.spaces import is_visible
-from tdconcepts.interventions.stages import Splice, read_block, write
+from tdconcepts.interventions.spaces import known_places
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import read_block, write
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["SelectStage", "Selection", "known_places", "top_mask"]
+__all__ = ["SelectStage", "Selection", "top_mask"]
 
 
 class Selection(TypedDict, total=False):
@@ -120,6 +121,7 @@ class SelectStage(TensorDictModuleBase):
         self.candidates = None if candidates is None else as_key(candidates)
         self.missing = missing
         self.is_exact = self._costs is None and self._chance is None and self.candidates is None
+        self._is_plain = self.is_exact and owner is None and chosen is None and not self.only_training
         self._keys = splice.key("score"), splice.key("mask"), splice.key("value")
         reads: list[NestedKey | None] = [self._keys[0], self.candidates, self._keys[2] if missing else None]
         self.in_keys, self.out_keys = [key for key in reads if key is not None], [self._keys[1]]
@@ -142,6 +144,8 @@ class SelectStage(TensorDictModuleBase):
             candidates: which may be replaced, bool ``[*B, C]`` or ``[*B, K]``.
             known: where there is a value, bool ``[*B, C]``; a concept needs one in all of its columns.
         """
+        if self._is_plain and candidates is None and known is None and self._columns in (None, score.shape[-1]):
+            return top_mask(score, self._number(score.shape[-1]))
         if self.is_off:
             return torch.zeros_like(score, dtype=torch.bool)
         units = self.units(score)
@@ -245,17 +249,6 @@ class SelectStage(TensorDictModuleBase):
         if self.k > candidates:
             raise BadValue("k is above the number of candidates", got=f"k={self.k}", needed=f"0 to {candidates}")
         return self.k
-
-
-def known_places(value: Tensor) -> Tensor | None:
-    """Where there is a value, bool as ``value``; None where there is one everywhere, and that can be seen."""
-    if not value.is_floating_point():
-        return None
-    if is_visible(value):
-        total = float(value.detach().sum())  # NaN if there is one; of an infinity and its opposite too
-        if total == total:
-            return None
-    return ~value.isnan()
 
 
 def _units(splice: Splice, by: object) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None, int | None]:

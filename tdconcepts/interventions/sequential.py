@@ -8,9 +8,10 @@ from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 
 from tdconcepts.errors import BadValue
 from tdconcepts.interventions.ranking import counted_mask
-from tdconcepts.interventions.selection import SelectStage, known_places
-from tdconcepts.interventions.spaces import is_visible
-from tdconcepts.interventions.stages import Splice, read_block, write
+from tdconcepts.interventions.selection import SelectStage
+from tdconcepts.interventions.spaces import is_visible, known_places
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import read_block, write
 
 __all__ = ["GreedyStage"]
 

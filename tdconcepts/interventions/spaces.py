@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
-from tdconcepts.interventions.stages import Splice
-from tdconcepts.keys import NestedKey, key_text
+from tdconcepts.interventions.splice import Splice
 
-__all__ = ["EPS", "Space", "as_space", "check_range", "is_visible", "spread", "to_logits", "written"]
+__all__ = ["EPS", "Space", "as_space", "check_range", "is_visible", "known_places", "spread", "to_logits", "written"]
 
 Space: TypeAlias = Literal["probs", "logits", "onehot", "continuous"]
 
@@ -128,23 +127,41 @@ def spread(
     return torch.cat(parts, dim=-1)
 
 
-def check_range(labels: Tensor, low: int, high: int, what: str, key: NestedKey | None = None) -> None:
+def check_range(labels: Tensor, low: int, high: int, what: str) -> bool:
     """Refuse numbers outside ``[low, high]`` (NaN passes), where the numbers can be looked at.
+
+    Returns:
+        whether none of them is NaN, as far as can be seen.
 
     Raises:
         BadValue: with the range that was found.
     """
-    if labels.dtype is torch.bool or not labels.numel() or not is_visible(labels):
-        return
-    least, most = (float(bound) for bound in labels.detach().aminmax())
-    if least != least:
+    if labels.dtype is torch.bool or not labels.numel():
+        return True
+    if not is_visible(labels):
+        return False
+    lowest, highest = labels.detach().aminmax()
+    least, most = float(lowest), float(highest)
+    complete = least == least
+    if not complete:
         known = labels.detach()[~labels.isnan()]
         if not known.numel():
-            return
-        least, most = (float(bound) for bound in known.aminmax())
+            return False
+        least, most = float(known.min()), float(known.max())
     if least < low or most > high:
-        got = f"{least:g} to {most:g}" + ("" if key is None else f" in {key_text(key)}")
-        raise BadValue(what, got=got, needed=f"{low} to {high}")
+        raise BadValue(what, got=f"{least:g} to {most:g}", needed=f"{low} to {high}")
+    return complete
+
+
+def known_places(value: Tensor) -> Tensor | None:
+    """Where there is a value, bool as ``value``; None where there is one everywhere, and that can be seen."""
+    if not value.is_floating_point():
+        return None
+    if is_visible(value):
+        total = float(value.detach().sum())  # NaN if there is one; of an infinity and its opposite too
+        if total == total:
+            return None
+    return ~value.isnan()
 
 
 def is_visible(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from tdconcepts.interventions.pipeline import InterventionPipeline, Step
 from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.program import Intervention, described
 from tdconcepts.interventions.selection import Selection
-from tdconcepts.interventions.stages import Splice
+from tdconcepts.interventions.splice import Splice
 from tdconcepts.keys import INTERVENTION, NestedKey, as_key, check_writable, key_text
 
 __all__ = ["intervene"]

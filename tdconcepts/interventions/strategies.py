@@ -9,8 +9,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
-from tdconcepts.interventions.spaces import EPS, Space, as_space, to_logits, written
-from tdconcepts.interventions.stages import ConceptStage, Splice
+from tdconcepts.interventions.spaces import EPS, Space, as_space, check_range, known_places, to_logits, written
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import ConceptStage
 from tdconcepts.keys import NestedKey, as_key, key_text
 
 __all__ = ["EPS", "Do", "GroundTruth", "to_logits"]
@@ -137,6 +138,19 @@ class GroundTruth(ConceptStage):
         return super().bind(splice)
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
+        return self._written(self._labels(concepts, tensordict), concepts)
+
+    def known(self, concepts: Tensor, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
+        labels = self._labels(concepts, tensordict)
+        direct = (self.space or self.splice.space) in (None, "probs") and self.splice.continuous is None
+        if not direct or labels.shape != concepts.shape:
+            value = self._written(labels, concepts)
+            return value, known_places(value)
+        complete = check_range(labels, 0, 1, f"the labels in {self.key!r} are no probabilities")  # one look for both
+        value = labels.to(concepts)
+        return value, None if complete else known_places(value)
+
+    def _labels(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         labels = tensordict.get(self.key, None)
         if not isinstance(labels, Tensor):
             have = list(tensordict.keys(True, True))
@@ -145,5 +159,8 @@ class GroundTruth(ConceptStage):
             labels = torch.where(
                 labels == self.missing, torch.nan, labels.to(torch.promote_types(concepts.dtype, torch.float32))
             )
+        return labels
+
+    def _written(self, labels: Tensor, concepts: Tensor) -> Tensor:
         space = self.space or as_space(self.splice.space) or "probs"
         return written(labels, concepts, self.splice, space, f"the labels in {key_text(self.key)}")

@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli, Categorical, Independent, Multivariat
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.interventions.draws import FromDistribution, Resample, drawing_from
-from tdconcepts.interventions.stages import Splice
+from tdconcepts.interventions.splice import Splice
 
 GROUPED = Splice(names=("a", "b", "c"), cardinalities=(1, 3, 1))
 MEANS = torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0])

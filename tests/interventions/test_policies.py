@@ -15,8 +15,8 @@ from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.interventions.influence import GradientPolicy
 from tdconcepts.interventions.pipeline import InterventionPipeline
 from tdconcepts.interventions.policies import LearnedPolicy, OrderPolicy, RandomPolicy, UncertaintyPolicy, UniformPolicy
+from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.splicing import intervene
-from tdconcepts.interventions.stages import Splice
 from tdconcepts.interventions.strategies import Do
 
 GROUPED = Splice(names=("a", "b", "c"), cardinalities=(1, 3, 1))

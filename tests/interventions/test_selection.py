@@ -7,8 +7,8 @@ import torch
 from tensordict import TensorDict
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.interventions.selection import SelectStage, known_places
-from tdconcepts.interventions.stages import Splice
+from tdconcepts.interventions.selection import SelectStage
+from tdconcepts.interventions.splice import Splice
 
 NAMED = Splice(names=("wing", "colour", "beak"), cardinalities=(1, 3, 1))
 
@@ -136,15 +136,6 @@ def test_a_budget_by_names_and_by_order():
     assert SelectStage(NAMED, budget=2).mask(score).int().tolist() == [1, 1, 1, 1, 0]  # 1 each
     free = SelectStage(Splice(), budget=0, cost=[0, 1, 0, 1, 0]).mask(score)
     assert free.int().tolist() == [1, 0, 1, 0, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_where_there_is_a_value(dtype):
-    assert known_places(torch.tensor([1, 0])) is None
-    assert known_places(torch.rand(3, 4).to(dtype)) is None
-    assert known_places(torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype)).all()
-    assert known_places(torch.tensor([math.inf, math.nan, 1.0], dtype=dtype)).tolist() == [True, False, True]
-    assert known_places(torch.full((4, 40000), 60000.0).to(dtype)) is None  # a sum that overflows
 
 
 def test_a_probability_for_each_concept_draws_whole_concepts():

@@ -15,8 +15,8 @@ from tdconcepts.hooks import Target
 from tdconcepts.interventions.influence import ExpectedInfluencePolicy, GradientPolicy
 from tdconcepts.interventions.pipeline import InterventionPipeline
 from tdconcepts.interventions.policies import UncertaintyPolicy
+from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.splicing import intervene
-from tdconcepts.interventions.stages import Splice
 from tdconcepts.interventions.strategies import Do, GroundTruth
 
 TARGET = Target("logits", 1)

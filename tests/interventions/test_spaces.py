@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdconcepts.errors import BadValue
-from tdconcepts.interventions.spaces import EPS, as_space, spread, to_logits, written
-from tdconcepts.interventions.stages import Splice
+from tdconcepts.interventions.spaces import EPS, as_space, known_places, spread, to_logits, written
+from tdconcepts.interventions.splice import Splice
 
 MIXED = Splice(cardinalities=(1, 3, 1), kinds=("binary", "categorical", "continuous"))
 
@@ -80,3 +80,12 @@ def test_labels_that_are_none(labels, text):
 def test_unknown_spaces():
     with pytest.raises(BadValue, match="'prob'"):
         as_space("prob")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_where_there_is_a_value(dtype):
+    assert known_places(torch.tensor([1, 0])) is None
+    assert known_places(torch.rand(3, 4).to(dtype)) is None
+    assert known_places(torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype)).all()
+    assert known_places(torch.tensor([math.inf, math.nan, 1.0], dtype=dtype)).tolist() == [True, False, True]
+    assert known_places(torch.full((4, 40000), 60000.0).to(dtype)) is None  # a sum that overflows

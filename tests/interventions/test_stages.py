@@ -1,6 +1,5 @@
 """The stages: what a policy or strategy is, and the replacement with its gradients."""
 
-import copy
 import math
 
 import pytest
@@ -9,7 +8,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.interventions.stages import CallableStage, ConceptStage, ReplaceStage, Splice
+from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import CallableStage, ConceptStage, ReplaceStage
 
 
 def given(concepts, mask, value, **more):
@@ -140,13 +140,3 @@ def test_bad_entries_leave_the_tensordict_alone(td, error, text):
         ReplaceStage(Splice())(td)
     assert set(td.keys(True, True)) == set(before.keys(True, True))
     assert (td == before).all()
-
-
-def test_a_splice_knows_its_columns():
-    splice = Splice("c", names=("a", "b"), cardinalities=(2, 1))
-    assert (splice.columns, splice.owner) == (3, (0, 0, 1))
-    assert (Splice().columns, Splice().owner) == (None, None)
-    assert Splice(cardinalities=(1, 1)).owner is None
-    assert copy.deepcopy(splice) == splice
-    with pytest.raises(BadKey, match="not a TensorDict key"):
-        Splice(3)

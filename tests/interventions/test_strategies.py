@@ -11,7 +11,7 @@ from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.interventions.spaces import EPS
-from tdconcepts.interventions.stages import Splice
+from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.strategies import Do, GroundTruth
 
 GROUPED = Splice(names=("a", "b", "c"), cardinalities=(1, 3, 1))
