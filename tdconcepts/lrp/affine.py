@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tdconcepts.hooks.flows import depends, operation_name, overwritable
 from tdconcepts.hooks.rules import Call, Rule
+from tdconcepts.lrp.parameters import check_names
 
 __all__ = ["Affine", "affine", "by_channel", "is_convolution", "is_linear", "magnitude", "positive_part"]
 
@@ -121,6 +122,8 @@ def affine(call: Call, rule: Rule, zero: tuple[str, ...] = ()) -> Affine:
         raise call.cannot(rule, "it is no linear layer and no convolution", fix)
     if call.folded is not None:
         found = _folded(found, call)
+    if zero:
+        check_names(call, rule, (zero,) if isinstance(zero, str) else zero)
     if "weight" in zero:
         found = dataclasses.replace(found, weight=torch.zeros_like(found.weight))
     return dataclasses.replace(found, bias=None) if "bias" in zero else found

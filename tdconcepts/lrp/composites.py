@@ -120,6 +120,8 @@ class Composite(Replaceable):
         Raises:
             BadKey: a path that matches nothing. BadValue: nothing matches, or a parametrised module has no rule.
         """
+        if not isinstance(module, nn.Module):
+            raise BadType("rules are installed on modules", got=type(module).__name__, needed="an nn.Module")
         chosen = self._choose(module)
         if not any(rule for _, _, rule in chosen) and not self.operations:
             raise BadValue(

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tdconcepts.hooks.flows import backward_by, depends, overwritable
 from tdconcepts.hooks.rules import Call, Rule
+from tdconcepts.lrp.parameters import output_without
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, damped, shared, stabilized
 
 __all__ = ["EpsilonRule", "NormRule", "UniformEpsilonRule"]
@@ -56,7 +56,7 @@ class EpsilonRule(Rule):
         """Any output: a tensor, or a tuple of them."""
         output = call.output
         if isinstance(output, Tensor):
-            return self._carried(call, output, self._denominator(call, output))
+            return self._carried(call, output, self._denominator(call))
         if isinstance(output, (tuple, list)) and not self.zero_params:
             parts = [self._carried(call, v, None) if depends(v) else v for v in output]
             return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
@@ -68,14 +68,9 @@ class EpsilonRule(Rule):
             return backward_by(formula, z, [denominator], denominator, call.saved(z), keep=False)
         return backward_by(formula, z, [z], call.saved(z), keep=False)
 
-    def _denominator(self, call: Call, z: Tensor) -> Tensor | None:
+    def _denominator(self, call: Call) -> Tensor | None:
         """The output with parameters zeroed, where some are."""
-        module = call.module
-        if not self.zero_params or module is None:
-            return None
-        zeros = {n: torch.zeros_like(p) for n, p in module.named_parameters() if n in self.zero_params}
-        found: Tensor = torch.func.functional_call(module, zeros, call.args, call.kwargs)
-        return found
+        return output_without(call, self, self.zero_params) if self.zero_params else None
 
     def _shares(self, call: Call) -> int:
         return 1

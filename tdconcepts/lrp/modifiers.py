@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -15,10 +14,9 @@ from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.flows import backward_by, depends
 from tdconcepts.hooks.rules import Call, Convention, Rule
 from tdconcepts.lrp.boundary import nonzero
+from tdconcepts.lrp.parameters import substituted
 
 __all__ = ["ModifiedRule", "ParamModifier", "RemovableRuleHandle"]
-
-_WEIGHTED = {"linear": (1, 2), **{f"conv{t}{n}d": (1, 2) for n in (1, 2, 3) for t in ("", "_transpose")}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,7 @@ class ModifiedRule(Rule):
 
     def carry(self, call: Call) -> Any:
         """A module with parameters, or a function with a weight."""
-        function, args, kwargs = self._changed(call)
+        function, args, kwargs = substituted(call, self, self.modifier)
         module = isinstance(function, nn.Module)
         output = function.forward(*args, **kwargs) if module else function(*args, **kwargs)
         if not isinstance(output, Tensor) or not isinstance(call.output, Tensor):
@@ -143,41 +141,6 @@ class ModifiedRule(Rule):
         if call.carries_relevance or not depends(found):
             return backward_by(_same, call.output, [found], keep=False)
         return backward_by(_in_proportion, call.output, [found], call.saved(call.output), output.detach(), keep=False)
-
-    def _changed(self, call: Call) -> tuple[Any, Any, Any]:
-        """What is called in the place of what was called, and with which arguments."""
-        if call.module is not None:
-            return _with_parameters(call.module, self.modifier), call.args, call.kwargs
-        if call.name not in _WEIGHTED:
-            raise call.cannot(self, "it has no weight", "a module, or a linear layer or convolution as a function")
-        args, kwargs = list(call.args), dict(call.kwargs)
-        for name, place in zip(("weight", "bias"), _WEIGHTED[call.name], strict=True):
-            given = args[place] if len(args) > place else kwargs.get(name)
-            if given is None:
-                continue
-            if len(args) > place:
-                args[place] = self.modifier(name, given)
-            else:
-                kwargs[name] = self.modifier(name, given)
-        return call.function, tuple(args), kwargs
-
-
-def _with_parameters(module: nn.Module, modify: Callable[[str, Tensor], Tensor], prefix: str = "") -> nn.Module:
-    """A copy of a module that shares all but its parameters, and has no hooks."""
-    other = copy.copy(module)
-    state = vars(other)
-    for name, value in vars(module).items():
-        state[name] = dict(value) if isinstance(value, dict) else value
-    for name in [name for name in state if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))]:
-        state[name] = {}
-    state["_parameters"] = {
-        name: None if p is None else modify(f"{prefix}{name}", p) for name, p in module._parameters.items()
-    }
-    state["_modules"] = {
-        name: None if inner is None else _with_parameters(inner, modify, f"{prefix}{name}.")
-        for name, inner in module._modules.items()
-    }
-    return other
 
 
 def _same(flow: Tensor) -> tuple[Tensor]:

@@ -33,8 +33,10 @@ class _Recurrent(Rule):
             return self._one_step(call, m, x, state)
         if isinstance(x, PackedSequence):
             raise call.cannot(self, "a packed sequence", "a padded batch")
-        if getattr(m, "proj_size", 0) or (m.training and m.dropout and m.num_layers > 1):
-            raise call.cannot(self, "proj_size, or dropout in training mode", "model.eval()")
+        if getattr(m, "proj_size", 0):
+            raise call.cannot(self, "it projects its state (proj_size)", "EpsilonRule for this module")
+        if m.training and m.dropout and m.num_layers > 1:
+            raise call.cannot(self, "dropout in training mode", "model.eval()")
         return self._sequence(call, m, x, state)
 
     def _one_step(self, call: Call, m: Any, x: Tensor, state: Any) -> Any:

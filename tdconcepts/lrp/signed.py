@@ -15,7 +15,7 @@ from tdconcepts.errors import BadValue
 from tdconcepts.hooks.flows import backward_by, overwritable, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.affine import Affine, affine, magnitude, positive_part
-from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
+from tdconcepts.lrp.stabilizers import Stabilizing, check_number, check_stabilizer, stabilized
 
 __all__ = ["AlphaBetaRule", "GammaRule", "ZPlusRule"]
 
@@ -62,6 +62,8 @@ class AlphaBetaRule(Rule):
     takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_number("alpha", self.alpha)
+        check_number("beta", self.beta)
         if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
             raise BadValue(
                 "alpha and beta do not conserve relevance",
@@ -147,6 +149,7 @@ class GammaRule(Rule):
     takes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_number("gamma", self.gamma)
         if not self.gamma >= 0:
             raise BadValue("not a gamma", got=repr(self.gamma), needed="a number >= 0")
         check_stabilizer(self.epsilon)

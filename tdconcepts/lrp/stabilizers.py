@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
 
-__all__ = ["Stabilizer", "Stabilizing", "check_stabilizer", "damped", "shared", "stabilized"]
+__all__ = ["Stabilizer", "Stabilizing", "check_number", "check_stabilizer", "damped", "shared", "stabilized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Stabilizer:
 
 
 Stabilizing: TypeAlias = float | Callable[[Tensor], Tensor]
+
+
+def check_number(name: str, given: object) -> None:
+    """Raise for what is no number."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise BadType(f"{name} is no number", got=repr(given), needed="a number")
 
 
 def check_stabilizer(given: object) -> None:
