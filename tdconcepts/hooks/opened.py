@@ -171,6 +171,14 @@ def _normalize(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out:
     return x / x.square().sum(dim, keepdim=True).sqrt().clamp_min(eps)
 
 
+def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    """``norm``, the Euclidean one."""
+    if p not in ("fro", None, 2, 2.0):
+        raise BadValue("only Euclidean norms can be followed", got=f"norm(p={p})", needed="p=2")
+    squares = x.square()
+    return (squares.sum() if dim is None else squares.sum(dim, keepdim=keepdim)).sqrt()
+
+
 OPENED: Mapping[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head_attention,
@@ -179,6 +187,7 @@ OPENED: Mapping[str, Callable[..., Any]] = {
     "group_norm": _group_norm,
     "glu": _glu,
     "normalize": _normalize,
+    "norm": _norm,
     "addmm": _addmm,
     "baddbmm": _addmm,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.flows import changed, is_inplace, operation_name, tensors, untransformed
+from tdconcepts.hooks.flows import backward_by, changed, is_inplace, operation_name, tensors, untransformed
 from tdconcepts.hooks.jacobian import differentiable
 from tdconcepts.hooks.opened import OPENED, open_up
 from tdconcepts.hooks.plans import Run, Step
@@ -123,7 +125,7 @@ class References:
         formulas: for names of operations, what gives their output with another backward pass.
         judge: ``judge(name, args, kwargs)`` says, for an operation without a formula, why it can't be followed and
             which tensors must stay the same for that not to matter (None: what it writes); or it says None.
-        refuse: ``refuse(name, reason)`` is told of such an operation where these change.
+        refuse: ``refuse(name, reason)`` is told of such an operation where these change and the target depends on it.
     """
 
     formulas: Mapping[str, Callable[[Comparison], Any]]
@@ -218,8 +220,16 @@ class _Compare:
         if isinstance(tape, _Tape):
             tape.record(name, Noted((), {}, values))
         elif _changes(values, tape.compared(name, func, Noted((), {}, values)).base.output):
-            self.program.refuse(name, reason)
+            refused = functools.partial(_refused, self.program.refuse, name, reason)
+            with torch._C.DisableTorchFunction() if not is_compiling() else contextlib.nullcontext():
+                return changed(output, lambda t: backward_by(refused, t, [t], keep=False) if moves(t) else t)
         return output
+
+
+def _refused(refuse: Callable[[str, str], None], name: str, reason: str, flow: Tensor) -> tuple[Tensor]:
+    """The flow as it is; whoever is told of the operation may raise, now that it is on the way to the target."""
+    refuse(name, reason)
+    return (flow,)
 
 
 def moves(value: Any) -> bool:
