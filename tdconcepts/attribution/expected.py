@@ -10,10 +10,11 @@ from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks import Options, Target, dispatch_rows
+from tdconcepts.hooks import Options, Site, Target, dispatch_rows
 from tdconcepts.hooks.batching import expand, gather, groups, spread
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.explaining import Explaining
+from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey, key_text
 from tdconcepts.tunables import Replaceable, Tunable
@@ -31,20 +32,21 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
 
     Each draw takes one row of ``baselines`` for all entries together, so that what belongs together stays together, and
     one :math:`u`. All rows share the draws, so a row gets what it gets alone. ``"argmax"`` is chosen once, at the
-    input. With several targets one more dim of size T follows the batch.
+    input. With several targets one more dim of size T follows the batch. At a site it is its difference from its value
+    at the row of the baselines, times its gradient at the drawn point of the inputs.
 
     Args:
         module: a TensorDictModule.
         target: what is explained.
-        wrt: entries that the module reads, one or a list; default: all.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
         baselines: rows of a data set: a TensorDict of batch size [M] with these entries.
         n_samples: the number of draws.
         generator: where they come from: the same state, the same answer, whatever the chunks. Default: torch's own.
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadType: baselines that are no TensorDict. BadKey: an entry that they lack. BadValue: another shape, no rows, no
-        samples, or a ``wrt`` inside the module.
+        BadType: baselines that are no TensorDict. BadKey: an entry that they lack. BadValue: another shape, no rows, or
+            no samples.
 
     Source: Erion et al., *Improving performance of deep learning models with axiomatic attribution priors and expected
     gradients*, 2021 (equation 4); GradientSHAP in Lundberg's ``shap``.
@@ -65,7 +67,7 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
         self,
         module: TensorDictModuleBase,
         target: Target,
-        wrt: NestedKey | list[NestedKey] | None = None,
+        wrt: Wrt | list[Wrt] | None = None,
         *,
         baselines: TensorDictBase,
         n_samples: int = 50,
@@ -73,26 +75,23 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
-        given: list[Wrt] | Wrt | None = list(wrt) if isinstance(wrt, list) else wrt
-        self._explaining = this = Explaining(module, target, given, options)
-        if this.pullback.is_inner:
-            got, needed = f"wrt={wrt!r}", "entries that the module reads"
-            fix = 'IntegratedGradients(..., wrt=Site(...)), with a baseline under ("baseline", site)'
-            raise BadValue("the baselines are rows of inputs", got=got, needed=needed, fix=fix)
+        self._explaining = this = Explaining(module, target, wrt, options)
         if not isinstance(baselines, TensorDictBase):
             fix = "TensorDict(observation=rows, batch_size=[len(rows)])"
             raise BadType("not rows of baselines", got=type(baselines).__name__, needed="a TensorDict", fix=fix)
         if baselines.batch_dims != 1 or not baselines.batch_size.numel():
             got = f"batch size {list(baselines.batch_size)}"
             raise BadValue("not rows of baselines", got=got, needed="batch size [M], M >= 1")
-        for key in this.pullback.names:
-            if baselines.get(key) is None:
+        have = [key for key in module.in_keys if baselines.get(key) is not None]
+        for key in this.entries or [key for key in module.in_keys if not have]:
+            if key not in have:
                 got = f"entries {list(baselines.keys(True, True))}"
                 raise BadKey(f"no entry {key_text(key)} in the baselines", got=got)
         if type(n_samples) is not int or n_samples < 1:
             raise BadValue("not a number of samples", got=f"n_samples={n_samples!r}", needed="an int >= 1")
         self.module, self.n_samples, self._source = module, n_samples, Source(generator)
-        self.baselines = baselines.select(*this.pullback.names)
+        self._moved = [key for key in have if key in this.pullback.in_keys] if this.pullback.is_inner else this.entries
+        self.baselines = baselines.select(*self._moved)
         self.in_keys, self.out_keys = this.in_keys, this.out_keys
 
     @dispatch_rows
@@ -115,21 +114,37 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
         td, outputs = this.ran(td)
         held = self.hold(td) if held is None else held
         pullback.check_inputs(td, {})
-        ends = {w: td.get(w) for w in pullback.wrt}
-        starts = {w: self._rows(w, end, lead) for w, end in ends.items()}
-        others = [key for key in pullback.reads(td) if key not in pullback.wrt]
+        moved, inner = self._moved, [w for w in pullback.wrt if w not in this.entries]
+        ends: dict[Wrt, Tensor] = {key: td.get(key) for key in moved}
+        starts = {key: self._rows(key, ends[key], lead) for key in moved}
+        if inner:
+            ends |= pullback.evaluate(td, create_graph=this.create_graph)[1]
+        others = [key for key in pullback.reads(td) if key not in pullback.wrt and key not in moved]
         totals: dict[Wrt, Tensor] = {}
         for group in this.tracked(groups(self.n_samples, this.rows(td, pullback.in_keys), td.numel()), "samples"):
             n, some = len(group), slice(group.start, group.stop)
-            steps, points = {}, {}
-            for w, end in ends.items():
-                start = starts[w][rows[some].to(end.device)]
+            steps: dict[Wrt, Tensor] = {}
+            points: dict[Wrt, Tensor] = {}
+            many, base = expand(td, n, others), expand(td, n, others) if inner else None
+            for key in moved:
+                end = ends[key]
+                start = starts[key][rows[some].to(end.device)]
                 start = start.reshape(n, *[1] * lead, *start.shape[1:])
-                steps[w] = end - start
+                steps[key] = end - start
                 at = places[some].to(end.device, end.dtype)
-                points[w] = spread(start + at.view(-1, *[1] * end.ndim) * steps[w], n, batch)
+                point = spread(start + at.view(-1, *[1] * end.ndim) * steps[key], n, batch)
+                if key in this.entries:
+                    points[key] = point
+                else:
+                    many.set(key, point)
+                if base is not None:
+                    base.set(key, spread(start.expand(n, *end.shape), n, batch))
+            if base is not None:
+                before = pullback.evaluate(base, create_graph=this.create_graph)[1]
+                for w in inner:
+                    step = ends[w] - gather(before[w], n, batch)
+                    steps[w] = pick(step, w.index, 1 + lead) if isinstance(w, Site) else step
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
-            many = expand(td, n, others)
             pulled = pullback(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
             several = pulled.values.ndim > many.batch_dims
             for w, gradient in zip(pullback.wrt, pulled.gradients, strict=True):

@@ -56,6 +56,29 @@ def test_several_targets_are_the_loop(net, batch):
     torch.testing.assert_close(both["attribution", "x"][:, 1], one["attribution", "x"])
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1, 5])
+def test_at_sites_by_hand(net, batch, chunk_size):
+    """The layer's own difference, times its gradient at the drawn point of the inputs."""
+    td, rows = batch(3), batch(4)
+    wrt = ["x", Site("0"), Site("3", index=(slice(1, 4),))]
+    explain = ExpectedGradients(
+        net, Target("logits", [2, 0]), wrt, baselines=rows, n_samples=3, generator=seeded(), chunk_size=chunk_size
+    )
+    found = explain(td.copy())["attribution"]
+    source = Source(seeded())
+    chosen, places = source.choices(torch.ones(4), 3), source.uniform(3).double()
+    first, rest = net.module[0], net.module[1:]
+    slow = 0.0
+    for m, u in zip(chosen, places, strict=True):
+        point = first(rows["x"][m] + u * (td["x"] - rows["x"][m])).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(rest(point.clone())[:, 2].sum(), point)
+        slow = slow + (first(td["x"]) - first(rows["x"][m])) * gradient / 3
+    torch.testing.assert_close(found["0"][:, 0], slow.detach())
+    assert found["3[1:4]"].shape == (3, 2, 3)
+    alone = ExpectedGradients(net, Target("logits", [2, 0]), "x", baselines=rows, n_samples=3, generator=seeded())
+    torch.testing.assert_close(alone(td)["attribution", "x"], found["x"])
+
+
 def test_bad_input(net, batch):
     def make(baselines, **options):
         return ExpectedGradients(net, Target("logits", 0), baselines=baselines, **options)
@@ -70,5 +93,5 @@ def test_bad_input(net, batch):
         make(TensorDict(x=torch.zeros(2, 5), batch_size=[2]))(batch(2))
     with pytest.raises(BadValue, match="number of samples"):
         make(batch(2), n_samples=0)
-    with pytest.raises(BadValue, match="rows of inputs"):
-        make(batch(2), wrt=Site("0"))
+    with pytest.raises(BadKey, match="no entry 'x'"):
+        make(batch(2).select("z"), wrt=Site("0"))
