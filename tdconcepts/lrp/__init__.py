@@ -29,7 +29,7 @@ from tdconcepts.lrp.passing import (
 )
 from tdconcepts.lrp.rap import RAPRule
 from tdconcepts.lrp.rectifiers import BetaSmoothRule, DeconvNetRule, GuidedBackpropRule
-from tdconcepts.lrp.recurrent import GRURule, LSTMRule
+from tdconcepts.lrp.recurrent import GRURule, LSTMRule, RNNRule
 from tdconcepts.lrp.report import Conservation
 from tdconcepts.lrp.short import BetaSmooth, DeconvNet, EpsilonAlpha2Beta1Flat, EpsilonPlusFlat, GuidedBackprop
 from tdconcepts.lrp.signed import AlphaBetaRule, GammaRule, ZPlusRule
@@ -76,6 +76,7 @@ __all__ = [
     "PseudoIdentityRule",
     "RAPRule",
     "RMSNormRule",
+    "RNNRule",
     "RemovableRuleHandle",
     "SoftmaxEpsilonRule",
     "Stabilizer",

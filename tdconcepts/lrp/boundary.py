@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.flows import backward_by
+from tdconcepts.hooks.flows import backward_by, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.affine import Affine, affine, is_convolution, is_linear
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
@@ -183,7 +183,9 @@ class ZBoxRule(Rule):
 
 def _bound(bound: Any, x: Tensor, rule: Rule, call: Call) -> Tensor:
     value = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
-    if value.ndim == x.ndim and value.shape[0] > x.shape[0]:
+    if value.ndim == x.ndim and value.shape[0] > max(1, x.shape[0]):
+        if untransformed(value) and not torch.equal(value[:1].expand_as(value), value):
+            raise call.cannot(rule, f"bounds of {value.shape[0]} rows for {x.shape[0]}", "bounds without a batch dim")
         value = value[: x.shape[0]]
     try:
         return value.expand_as(x)

@@ -17,7 +17,7 @@ from tdconcepts.lrp.composites import SUMS, Composite
 from tdconcepts.lrp.epsilon import EpsilonRule, NormRule, UniformEpsilonRule
 from tdconcepts.lrp.norms import LayerNormRule, RMSNormRule
 from tdconcepts.lrp.passing import ConstantRule, IgnoreRule, NumeratorRule, PassRule, PseudoIdentityRule
-from tdconcepts.lrp.recurrent import GRURule, LSTMRule
+from tdconcepts.lrp.recurrent import GRURule, LSTMRule, RNNRule
 from tdconcepts.lrp.signed import AlphaBetaRule, GammaRule, ZPlusRule
 from tdconcepts.lrp.stabilizers import Stabilizing
 from tdconcepts.tunables import Tunable, constructor
@@ -70,6 +70,7 @@ def BaseRuleMapper(  # noqa: N802
         nn.MultiheadAttention: AttentionRule(constant),
         (nn.LSTM, nn.LSTMCell): LSTMRule(stabilizer),
         (nn.GRU, nn.GRUCell): GRURule(stabilizer),
+        (nn.RNN, nn.RNNCell): RNNRule(stabilizer),
         (nn.Softmax, nn.Softmax2d): softmax,
         nn.Bilinear: UniformEpsilonRule(stabilizer),
     }

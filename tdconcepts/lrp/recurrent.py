@@ -1,4 +1,4 @@
-"""The rules of LSTM and GRU: gates are constants, the signal takes all."""
+"""The rules of LSTM, GRU and plain recurrent layers: gates are constants, the signal takes all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tdconcepts.hooks.flows import backward_by, depends
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
 
-__all__ = ["GRURule", "LSTMRule"]
+__all__ = ["GRURule", "LSTMRule", "RNNRule"]
 
 
 class _Recurrent(Rule):
@@ -222,6 +222,47 @@ class GRURule(_Recurrent):
         n = _signal(torch.tanh(a.detach()), a, call)
         new = (1 - z) * _in(n, call) + z * _in(h0, call)
         return (_over(new, new, self.epsilon, call),)
+
+    def _one_step(self, call: Call, m: Any, x: Tensor, state: Any) -> Any:
+        start = x.new_zeros(*x.shape[:-1], m.hidden_size) if state is None else state
+        (found,) = self._cell(x, (start,), (m.weight_ih, m.weight_hh, m.bias_ih, m.bias_hh), call)
+        return _replaced(call.output, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class RNNRule(_Recurrent):
+    r"""A plain recurrent layer, :math:`h = f(a)` with :math:`a = W x + b + U h_0 + d`, without gates.
+
+    :math:`R_a = R_h`, and :math:`a` by :class:`~tdconcepts.lrp.EpsilonRule`. For ``nn.RNN`` and ``nn.RNNCell``.
+
+    Args:
+        epsilon: a number or a stabiliser.
+
+    Raises:
+        BadValue: at the call, for another module, a packed sequence, or dropout in training mode.
+
+    Source: Arras et al., *Explaining recurrent neural network predictions in sentiment analysis*, 2017.
+
+    Examples:
+        >>> cell, x = nn.RNNCell(3, 4, bias=False), torch.randn(2, 3, requires_grad=True)
+        >>> with RNNRule(1e-9).on(cell, convention="relevance") as m:
+        ...     h = m(x)
+        ...     relevance = torch.autograd.grad(h, x, h)[0]
+        >>> torch.allclose(relevance.sum(), h.sum(), atol=1e-4)
+        True
+    """
+
+    epsilon: Stabilizing = 1e-6
+    kinds: ClassVar[Any] = (nn.RNN, nn.RNNCell)
+
+    def __post_init__(self) -> None:
+        check_stabilizer(self.epsilon)
+
+    def _cell(self, x: Tensor, state: tuple[Tensor, ...], weights: Any, call: Call) -> tuple[Tensor, ...]:
+        (h0,), (w, u, b, d) = state, weights
+        a = self._linear(call, [(x, w), (h0, u)], b, d)
+        relu = getattr(call.module, "nonlinearity", "tanh") == "relu"
+        return (_signal(torch.relu(a.detach()) if relu else torch.tanh(a.detach()), a, call),)
 
     def _one_step(self, call: Call, m: Any, x: Tensor, state: Any) -> Any:
         start = x.new_zeros(*x.shape[:-1], m.hidden_size) if state is None else state

@@ -64,6 +64,15 @@ def test_channel_bounds():
     assert torch.equal(found, wide)
 
 
+def test_bounds_of_other_rows_are_refused():
+    layer, x, r = layer_and_inputs("linear")
+    low = -torch.arange(1.0, 5.0).unsqueeze(1).expand(4, 5)
+    with pytest.raises(BadValue, match="bounds of 4 rows for 3"):
+        relevance(ZBoxRule(low, 1.0), layer, [x], r)
+    own = relevance(ZBoxRule(low[:3], 1.0), layer, [x], r)[0]
+    close(own[1:2], relevance(ZBoxRule(-2.0, 1.0), layer, [x[1:2]], r[1:2])[0])
+
+
 def test_in_the_middle():
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     x = torch.randn(2, 3, requires_grad=True)

@@ -90,6 +90,7 @@ MODELS = {
     "nn.TransformerEncoder": lambda: plain(transformers.Encoder(False), 6, 8),
     "nn.LSTM": lambda: plain(Last(nn.LSTM(8, 8, batch_first=True)), 5, 8),
     "nn.GRU": lambda: plain(Last(nn.GRU(8, 8, batch_first=True)), 5, 8),
+    "nn.RNN": lambda: plain(Last(nn.RNN(8, 8, batch_first=True)), 5, 8),
     "Hugging Face GPT-2": lambda: hugging_face(transformers.gpt2),
     "Hugging Face Llama": lambda: hugging_face(transformers.llama),
     "Hugging Face BERT": lambda: hugging_face(transformers.bert),

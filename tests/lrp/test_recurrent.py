@@ -6,7 +6,7 @@ from lrp.cases import case, close
 from torch import nn
 
 from tdconcepts.errors import BadValue
-from tdconcepts.lrp import GRURule, LSTMRule
+from tdconcepts.lrp import GRURule, LSTMRule, RNNRule
 
 
 def test_reference():
@@ -21,7 +21,7 @@ def test_reference():
         close(found, c[f"r_in_{i}"], 1e-6)
 
 
-RNNS = {"lstm": (nn.LSTM, LSTMRule), "gru": (nn.GRU, GRURule)}
+RNNS = {"lstm": (nn.LSTM, LSTMRule), "gru": (nn.GRU, GRURule), "rnn": (nn.RNN, RNNRule)}
 
 
 @pytest.mark.parametrize("kind", RNNS)
@@ -56,6 +56,25 @@ def test_a_gru_cell_with_detached_gates():
     new = (1 - z) * signal * (signal.tanh() / signal).detach() + z * slow[1]
     for one, other in zip(found, torch.autograd.grad(new.sum(), slow), strict=True):
         close(one, other, 1e-8)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_a_plain_cell_is_its_linear_layers(nonlinearity, convention):
+    cell = nn.RNNCell(3, 4, nonlinearity=nonlinearity).double()
+    leaves = [torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (3, 4)]
+    r = torch.randn(2, 4, dtype=torch.float64)
+    with RNNRule(0.01).on(cell, convention=convention) as m:
+        out = m(*leaves)
+    assert out.equal(cell(*leaves))
+    start = r if convention == "relevance" else r / torch.where(out == 0, torch.inf, out.detach())
+    found = torch.autograd.grad(out, leaves, start)
+    joint = torch.cat([cell.weight_ih, cell.weight_hh], 1)
+    x, flow = torch.cat(leaves, 1).detach(), r * (out != 0) if convention == "gradient" else r
+    z = x @ joint.T + cell.bias_ih + cell.bias_hh
+    wanted = x * ((flow / (z + 0.01 * z.sign())) @ joint)
+    for one, part, leaf in zip(found, wanted.split([3, 4], 1), leaves, strict=True):
+        close(one if convention == "relevance" else one * leaf, part, 1e-8)
 
 
 def test_unbatched_and_given_states():
