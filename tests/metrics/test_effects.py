@@ -1,0 +1,124 @@
+"""Effects of concepts, completeness, leakage, and counts of concepts; each by hand."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from tdconcepts.concepts import ConceptBottleneck, ConceptSpec, Dag, GraphBottleneck, LinearPredictor
+from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.metrics.effects import (
+    causal_concept_effect,
+    completeness_score,
+    contributing_concepts,
+    effective_concepts,
+    leakage_score,
+)
+
+SPEC = ConceptSpec(["a", "b", "c"], [1, 3, 1])
+
+
+def bottleneck(head=None):
+    torch.manual_seed(0)
+    return ConceptBottleneck(nn.Linear(4, 5), head or nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), SPEC)
+
+
+def test_an_effect_by_hand():
+    model, td = bottleneck(), TensorDict({"observation": torch.randn(6, 4)}, [6])
+    concepts, head = model(td.copy())["concepts"], model["head"].module
+    means = []
+    for value in (0.25, 1.0):
+        changed = concepts.clone()
+        changed[:, 4] = value
+        means.append(head(changed).mean(0))
+    torch.testing.assert_close(causal_concept_effect(model, td, {"c": (0.25, 1.0)}), means[1] - means[0])
+    assert set(td.keys()) == {"observation"}
+    stacked = TensorDict({"observation": td["observation"].reshape(2, 3, 4)}, [2, 3])
+    torch.testing.assert_close(causal_concept_effect(model, stacked, "c"), causal_concept_effect(model, td, "c"))
+
+
+def test_in_a_graph_the_effect_goes_through_what_depends_on_the_concept():
+    torch.manual_seed(0)
+    model = GraphBottleneck(nn.Linear(4, 8), Dag("xyz", ["xy", "yz"]), in_features=8)
+    td = TensorDict({"observation": torch.randn(7, 4)}, [7])
+    effect = causal_concept_effect(model, td, "x", out="concepts")
+    assert effect[0] == 1
+    w, b = model["propagation"].equations.weight, model["propagation"].equations.bias
+    y = [(b[1] + w[1, 0] * x).sigmoid() for x in (0.0, 1.0)]
+    z = [(b[2] + w[2, 1] * one).sigmoid() for one in y]
+    torch.testing.assert_close(effect[1:], torch.stack([y[1] - y[0], z[1] - z[0]]).detach())
+    assert causal_concept_effect(model, td, "z", out="concepts").tolist() == [0, 0, 1]
+
+
+def test_completeness_is_nothing_at_chance():
+    """Without the baseline of the paper, as in torch_concepts, a model at chance gets 0.5."""
+    assert completeness_score(0.5, 1.0, 0.5) == 0
+    assert completeness_score(0.8, 0.8, 0.1) == 1
+    with pytest.raises(BadValue, match="above chance"):
+        completeness_score(0.5, 0.5, 0.5)
+
+
+def test_leakage_is_what_probabilities_tell_beside_decisions():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (800, 3), generator=g)
+    task = labels[:, 0] + 2 * labels[:, 1]
+    clean = 0.1 + 0.8 * labels + 0.05 * torch.rand(800, 3, generator=g)
+    spec = ConceptSpec(3)
+    assert abs(leakage_score(spec, clean, task, generator=g)) < 0.02
+    other = torch.randint(0, 2, (800,), generator=g)
+    leaky = clean + 0.04 * (2 * other.unsqueeze(-1) - 1)
+    assert leakage_score(spec, leaky, other, ridge=0.01, generator=g) > 0.3
+
+
+def test_effective_concepts_one_by_one():
+    weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    weight[weight.abs() < 0.7] = 0
+    for t in range(4):
+        used = sum(bool((weight[t, SPEC.slice(n)].abs() > 0.9).any()) for n in SPEC.names)
+        assert effective_concepts(weight, SPEC, 0.9)[t] == used
+    assert effective_concepts(weight).tolist() == (weight != 0).sum(1).tolist()
+
+
+def test_contributing_concepts_one_by_one():
+    torch.manual_seed(0)
+    weight, probs = torch.randn(3, 5), torch.rand(2, 4, 5)
+    found = contributing_concepts(weight, probs, SPEC, 0.8)
+    assert found.shape == (2, 4, 3)
+    for i in range(2):
+        for j in range(4):
+            for t in range(3):
+                sizes = [(weight[t] * probs[i, j])[SPEC.slice(n)].abs().sum().item() for n in SPEC.names]
+                sizes.sort(reverse=True)
+                count = next(k for k in range(1, 4) if sum(sizes[:k]) >= 0.8 * sum(sizes))
+                assert found[i, j, t] == count
+    assert contributing_concepts(weight, torch.zeros(5)).tolist() == [0, 0, 0]
+    assert contributing_concepts(weight, probs[:0]).shape == (0, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda m, td: causal_concept_effect(m, td, "cc"), BadKey, "did you mean 'c'|one of"),
+        (lambda m, td: causal_concept_effect(m, td, "b"), BadValue, "several columns"),
+        (lambda m, td: causal_concept_effect(m, td, "c", out="logit"), BadKey, "no such entry"),
+        (lambda m, td: causal_concept_effect(m, td[:0], "c"), BadValue, "no rows"),
+        (lambda m, td: causal_concept_effect(m, td, {}), BadValue, "one concept"),
+        (
+            lambda m, td: causal_concept_effect(TensorDictModule(nn.Identity(), ["observation"], ["y"]), td, "c"),
+            BadType,
+            "know its concepts",
+        ),
+        (lambda m, td: leakage_score(SPEC, torch.rand(4, 5), torch.zeros(3)), BadValue, r"\[N, C\]"),
+        (lambda m, td: leakage_score(SPEC, torch.rand(4, 5), torch.zeros(4)), BadValue, "1 classes"),
+        (lambda m, td: leakage_score(SPEC, torch.rand(4, 5), torch.zeros(4), held_out=1.0), BadValue, "1.0"),
+        (lambda m, td: effective_concepts(torch.zeros(5)), BadValue, r"\[T, C\]"),
+        (lambda m, td: effective_concepts(torch.zeros(2, 4), SPEC), BadValue, r"\[T, 5\]"),
+        (lambda m, td: effective_concepts(torch.zeros(2, 5), threshold=-1.0), BadValue, "-1.0"),
+        (lambda m, td: contributing_concepts(torch.zeros(2, 5), torch.zeros(4)), BadValue, r"\[\*B, 5\]"),
+        (lambda m, td: contributing_concepts(torch.zeros(2, 5), torch.zeros(5), coverage=0.0), BadValue, "0.0"),
+    ],
+)
+def test_bad_input(call, error, text):
+    with pytest.raises(error, match=text):
+        call(bottleneck(LinearPredictor(5, 2)), TensorDict({"observation": torch.randn(6, 4)}, [6]))
