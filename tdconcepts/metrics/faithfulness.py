@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -173,7 +174,7 @@ class PGI(TensorDictModuleBase):
             held = pull.hold(td)
             before, _ = pull.evaluate(td, held=held)
             for some in groups(self.n_samples, rows_of(td, self._chunk, list(values)), td.numel()):
-                m, points = len(some), {}
+                m, points = len(some), dict[Any, Tensor]()
                 for key, value in values.items():
                     draw = noise[key][some.start : some.stop].to(value) * self.noise_level
                     moved = value + draw.reshape(m, *[1] * lead, *value.shape[lead:]) * masks[key].to(value.dtype)
@@ -205,7 +206,7 @@ def ranked(scores: Sequence[Tensor], lead: int) -> Tensor:
 
 def hide(
     values: dict[NestedKey, Tensor], masks: dict[NestedKey, Tensor], baseline: float | Tensor
-) -> dict[NestedKey, Tensor]:
+) -> dict[Any, Tensor]:
     """The entries with what is masked replaced by the baseline."""
     return {key: torch.where(masks[key], torch.as_tensor(baseline).to(value), value) for key, value in values.items()}
 
@@ -238,7 +239,7 @@ def _read(
     return values, {key: part.reshape(value.shape) for (key, value), part in zip(values.items(), parts, strict=True)}
 
 
-def _entries(module: TensorDictModuleBase, wrt: NestedKey | list[NestedKey] | None) -> list[NestedKey] | None:
+def _entries(module: TensorDictModuleBase, wrt: NestedKey | list[NestedKey] | None) -> list[Any] | None:
     keys = None if wrt is None else as_keys(wrt)
     for key in keys or []:
         if key not in module.in_keys:

@@ -5,11 +5,16 @@ from tdconcepts.rl.counterfactual import counterfactual, restore_state
 from tdconcepts.rl.distributional import distribution_mean, distribution_quantile
 from tdconcepts.rl.episodes import episode_returns
 from tdconcepts.rl.explaining import RolloutExplainer, explain_rollout
+from tdconcepts.rl.factors import Factor, FactorTest, factor_test
+from tdconcepts.rl.faithfulness import Partial, ReturnCurves, return_curves
+from tdconcepts.rl.importance import Highlight, StateImportance, highlights
+from tdconcepts.rl.influence import PolicyGradient, SquaredError, TracIn
 from tdconcepts.rl.marking import Marked, check_marked
 from tdconcepts.rl.observing import edit_observation
 from tdconcepts.rl.returns import Returns, compare_returns
+from tdconcepts.rl.rewards import RewardDifference
 from tdconcepts.rl.rollouts import rollout_episodes
-from tdconcepts.rl.saliency import Greydanus, Objects, ObjectSaliency, Sarfa, Spots
+from tdconcepts.rl.saliency import Greydanus, Sarfa, Spots, object_saliency
 from tdconcepts.rl.stages import AgentStages, Stage, agent_stages
 from tdconcepts.rl.sverl import Hidden, Sverl, sverl_outcome
 from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, probability, state_value
@@ -18,18 +23,26 @@ from tdconcepts.rl.times import at_time
 
 __all__ = [
     "AgentStages",
+    "Factor",
+    "FactorTest",
     "Greydanus",
     "Hidden",
+    "Highlight",
     "Marked",
-    "ObjectSaliency",
-    "Objects",
+    "Partial",
+    "PolicyGradient",
+    "ReturnCurves",
     "Returns",
+    "RewardDifference",
     "RolloutExplainer",
     "Sarfa",
     "Spots",
+    "SquaredError",
     "Stage",
+    "StateImportance",
     "Sverl",
     "TemporalProbe",
+    "TracIn",
     "TrainedAgent",
     "advantage",
     "agent_stages",
@@ -47,10 +60,14 @@ __all__ = [
     "entropy",
     "episode_returns",
     "explain_rollout",
+    "factor_test",
+    "highlights",
     "log_prob",
+    "object_saliency",
     "ppo_cartpole",
     "probability",
     "restore_state",
+    "return_curves",
     "rollout_episodes",
     "state_value",
     "sverl_outcome",

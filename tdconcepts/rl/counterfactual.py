@@ -92,15 +92,8 @@ def counterfactual(
         with torch.no_grad(), interaction(greedy), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if seed is None else seed)
             found.append(_played(env, td, padded, policy, max_steps)[: len(part)])
-    longest = max(one.get("rollout").shape[1] for one in found)
-    for one in found:
-        short = longest - one.get("rollout").shape[1]
-        rollout = torch.cat([one.get("rollout"), *([one.get("rollout")[:, -1:]] * short)], 1) if short else None
-        if rollout is not None:
-            mask = rollout.get(("collector", "mask")).clone()
-            mask[:, longest - short :] = False
-            one.set("rollout", rollout.set(("collector", "mask"), mask))
-    result = torch.cat(found)
+    longest = max(one.get("rollout").batch_size[1] for one in found)
+    result: Any = torch.cat([_padded(one, longest) for one in found])
     _same_as_logged(result.get("rollout")[0, 0], episode, step, env, "the logged action leads elsewhere")
     return result.set("difference", result.get("return") - result.get("return")[0])
 
@@ -230,11 +223,25 @@ def _played(env: Any, td: TensorDictBase, actions: Tensor, policy: Policy, max_s
         if not alive.any():
             break
         td = following
-    rollout, mask = torch.stack(steps, 1), torch.stack(masks, 1)
+    rollout: Any = torch.stack(steps, 1)
+    mask = torch.stack(masks, 1)
     rollout.set(("collector", "mask"), mask)
     return TensorDict(
         {"action": actions, "return": total, "length": mask.sum(1), "finished": ~alive, "rollout": rollout}, [width]
     )
+
+
+def _padded(branches: Any, length: int) -> TensorDictBase:
+    """The branches' steps up to ``length``: the last is repeated, and does not count."""
+    rollout: Any = branches.get("rollout")
+    short = length - rollout.shape[1]
+    if short:
+        rollout = torch.cat([rollout, *([rollout[:, -1:]] * short)], 1)
+        mask = rollout.get(("collector", "mask")).clone()
+        mask[:, length - short :] = False
+        rollout.set(("collector", "mask"), mask)
+    found: TensorDictBase = branches.copy().set("rollout", rollout)
+    return found
 
 
 def _checked(episode: TensorDictBase, env: Any) -> int:

@@ -195,7 +195,7 @@ class TracIn(TensorDictModuleBase):
                 raise BadValue("several targets", got=repr(self.target), needed="one number a row")
             return found
 
-        values, pull = torch.func.vjp(explained, chosen)
+        values, pull = torch.func.vjp(explained, chosen)  # type: ignore[misc]
         directions = [pull(one)[0] for one in torch.eye(len(values), dtype=values.dtype, device=values.device)]
         parts = []
         for _, rows in slices(td, self._rows):
@@ -207,11 +207,10 @@ class TracIn(TensorDictModuleBase):
                     raise BadValue("the loss does not fit", got=got, needed=needed)
                 return found
 
-            weighted, back = torch.func.vjp(
-                losses, chosen
-            )  # back is linear in its weights: what is pulled back through
-            _, along = torch.func.vjp(lambda u, back=back: back(u)[0], torch.ones_like(weighted))  # it is a directional
-            parts.append(torch.stack([along(way)[0].detach() for way in directions], -1))  # derivative of each loss
+            # back is linear in its weights: what is pulled back through it is a directional derivative of each loss
+            weighted, back = torch.func.vjp(losses, chosen)  # type: ignore[misc]
+            _, along = torch.func.vjp(lambda u, back=back: back(u)[0], torch.ones_like(weighted))  # type: ignore[misc]
+            parts.append(torch.stack([along(way)[0].detach() for way in directions], -1))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Target, dispatch_rows
 from tdconcepts.hooks.pullback import Wrt
-from tdconcepts.keys import NestedKey, as_key, key_text
+from tdconcepts.keys import NestedKey, as_key
+from tdconcepts.perturbation.ablation import FeatureAblation
 from tdconcepts.perturbation.baselines import Blur
+from tdconcepts.perturbation.masks import Masks
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
 from tdconcepts.rl.selections import one_hot
 
-__all__ = ["Greydanus", "ObjectSaliency", "Objects", "Sarfa", "Spots"]
+__all__ = ["Greydanus", "Sarfa", "Spots", "object_saliency"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,34 +55,12 @@ class Spots:
         return torch.arange(0, height, self.stride), torch.arange(0, width, self.stride)
 
 
-@dataclasses.dataclass(frozen=True)
-class Objects:
-    """Objects that an entry outlines in each state, ``[*B, *dims]``: at each place the number of the object, or -1.
-
-    Args:
-        key: the entry, integers; its dims after the batch are the last dims of what is explained (pixels ``[H, W]`` of
-            an image ``[C, H, W]``), or all of them.
-        count: how many objects there may be, numbered from 0; in a state without one its score is zero.
-
-    Raises:
-        BadValue: a count below one.
-    """
-
-    key: NestedKey
-    count: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", as_key(self.key))
-        if type(self.count) is not int or self.count < 1:
-            raise BadValue("not a number of objects", got=f"count={self.count!r}", needed="an int >= 1")
-
-
 class Greydanus(TensorDictModuleBase):
     r"""How far the outputs move where a part is hidden: :math:`S = \frac12 \lVert u(s) - u(s') \rVert^2`.
 
     | reads | writes |
     |---|---|
-    | what ``of`` depends on; ``("baseline", *k)``; the objects' entry | ``("attribution", *k)`` ``[*B, ...]`` |
+    | what ``of`` depends on; ``("baseline", *k)`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
 
     With logits it is the saliency of the actor, :math:`S_\pi`, with a state value that of the critic, :math:`S_V`. On
     values of actions it mixes both: what moves all values alike ranks high, whether or not it matters for the choice
@@ -90,8 +70,8 @@ class Greydanus(TensorDictModuleBase):
         module: a policy or a critic.
         of: the entry whose numbers are compared, ``[*B, n]``.
         wrt: entries and sites, one or a list; default: all entries that the module reads.
-        features: :class:`Spots` for pixels, :class:`Objects` for objects that an entry outlines; default: the groups
-            of ``mask``, or each element.
+        features: :class:`Spots` for pixels; default: the groups of ``mask`` (a key where objects are outlined state by
+            state), or each element.
         options: ``mask``, ``baseline`` (of spots: what shows in place of the blur), ``progress``; see
             :class:`~tdconcepts.perturbation.Perturbed`; and ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``;
             see :class:`~tdconcepts.hooks.Options`.
@@ -116,7 +96,7 @@ class Greydanus(TensorDictModuleBase):
         of: NestedKey = "logits",
         wrt: Wrt | list[Wrt] | None = None,
         *,
-        features: Spots | Objects | None = None,
+        features: Spots | None = None,
         **options: Unpack[Perturbed],
     ) -> None:
         super().__init__()
@@ -127,7 +107,7 @@ class Greydanus(TensorDictModuleBase):
         module: TensorDictModuleBase,
         target: Target,
         wrt: Wrt | list[Wrt] | None,
-        features: Spots | Objects | None,
+        features: Spots | None,
         options: Perturbed,
         keys: list[NestedKey],
     ) -> None:
@@ -135,8 +115,7 @@ class Greydanus(TensorDictModuleBase):
             raise BadValue("features and a mask", got=f"{features!r} and mask=", needed="one of them")
         self._perturbing = Perturbing(module, target, wrt, options)
         self.module, self.features = module, features
-        outlined = [features.key] if isinstance(features, Objects) else []
-        self.in_keys = list(dict.fromkeys([*self._perturbing.in_keys, *keys, *outlined]))
+        self.in_keys = list(dict.fromkeys([*self._perturbing.in_keys, *keys]))
         self.out_keys, self.optional_keys = self._perturbing.out_keys, self._perturbing.optional_keys
 
     @dispatch_rows
@@ -185,7 +164,7 @@ class Sarfa(Greydanus):
         action: NestedKey = "action",
         wrt: Wrt | list[Wrt] | None = None,
         *,
-        features: Spots | Objects | None = None,
+        features: Spots | None = None,
         **options: Unpack[Perturbed],
     ) -> None:
         TensorDictModuleBase.__init__(self)
@@ -203,15 +182,25 @@ class Sarfa(Greydanus):
         return torch.where(change > 0, 2.0 * same * change / (same + change), 0.0)
 
 
-class ObjectSaliency(Greydanus):
+def object_saliency(
+    module: TensorDictModuleBase,
+    target: Target,
+    objects: Masks = "objects",
+    wrt: Wrt | list[Wrt] | None = None,
+    **options: Any,
+) -> FeatureAblation:
     r"""What the target loses without an object: :math:`w_o = y(s) - y(s \text{ without } o)`.
 
-    Reads and writes as :class:`Greydanus`; an element gets the score of the object that it belongs to.
+    A :class:`~tdconcepts.perturbation.FeatureAblation` whose features are the objects; each element gets the score of
+    the object that it belongs to.
 
     Args:
-        module, wrt, options: as for :class:`Greydanus`.
-        target: what is explained, one number a row; :func:`~tdconcepts.rl.chosen_value` typically.
-        features: :class:`Objects`; default: the groups of ``mask``.
+        module: a policy or a critic.
+        target: what is explained; :func:`~tdconcepts.rl.chosen_value` typically.
+        objects: the number of the object at each place (-1: none). A string or tuple is the first part of the keys
+            that hold it, state by state: ``("objects", *k)`` ``[*B, ...]`` outlines the objects in the entry ``k``.
+        wrt: entries, one or a list; default: all that the module reads.
+        options: see :class:`~tdconcepts.perturbation.Perturbed`, without ``mask``.
 
     Source: Iyer et al. 2018, "Transparency and explanation in deep reinforcement learning neural networks".
 
@@ -219,39 +208,24 @@ class ObjectSaliency(Greydanus):
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
         >>> net = TensorDictModule(lambda x: x.sum(-1), ["observation"], ["value"])
-        >>> td = TensorDict(observation=torch.ones(1, 3), objects=torch.tensor([[0, 1, 1]]), batch_size=[1])
-        >>> ObjectSaliency(net, Target("value"), features=Objects("objects", 2))(td)["attribution", "observation"]
+        >>> td = TensorDict(observation=torch.ones(1, 3), batch_size=[1])
+        >>> td["objects", "observation"] = torch.tensor([[0, 1, 1]])
+        >>> object_saliency(net, Target("value"))(td)["attribution", "observation"]
         tensor([[1., 2., 2.]])
     """
-
-    def __init__(
-        self,
-        module: TensorDictModuleBase,
-        target: Target,
-        wrt: Wrt | list[Wrt] | None = None,
-        *,
-        features: Spots | Objects | None = None,
-        **options: Unpack[Perturbed],
-    ) -> None:
-        TensorDictModuleBase.__init__(self)
-        if isinstance(target, Target) and isinstance(target.select, (list, range, slice)):
-            raise BadValue("several targets", got=repr(target), needed="one number a row", fix="FeatureAblation")
-        self._bind(module, target, wrt, features, options, [])
-
-    def _score(self, values: Tensor, td: TensorDictBase) -> Tensor:
-        return values[:1] - values[1:]
+    return FeatureAblation(module, target, wrt, mask=objects, **options)
 
 
 Score = Callable[[Tensor, TensorDictBase], Tensor]
 
 
-def _hidden(game: Game, features: Spots | Objects | None, score: Score) -> dict[Wrt, Tensor]:
+def _hidden(game: Game, features: Spots | None, score: Score) -> dict[Wrt, Tensor]:
     """The score of each feature, spread over its elements."""
     if features is None:
-        values = game.coalitions(game.count + 1, lambda at: at.unsqueeze(-1) - 1 != torch.arange(game.count))
+        each = torch.arange(game.count, device=game.device)
+        values = game.coalitions(game.count + 1, lambda at: at.unsqueeze(-1) - 1 != each)
         return game.spread(score(values, game.td))
-    way = _spots if isinstance(features, Spots) else _objects
-    return {w: way(game, features, w, score) for w in game.ends}  # type: ignore[operator]
+    return {w: _spots(game, features, w, score) for w in game.ends}
 
 
 def _spots(game: Game, spots: Spots, mine: Wrt, score: Score) -> Tensor:
@@ -283,39 +257,9 @@ def _spots(game: Game, spots: Spots, mine: Wrt, score: Score) -> Tensor:
     )
 
 
-def _objects(game: Game, objects: Objects, mine: Wrt, score: Score) -> Tensor:
-    end, lead, given = game.ends[mine], game.lead, game.td.get(objects.key)
-    if given is None:
-        raise BadKey(f"no entry {key_text(objects.key)} with the objects", got=f"{list(game.td.keys(True, True))}")
-    dims = given.ndim - lead
-    if given.is_floating_point() or dims > end.ndim - lead or given.shape[lead:] != end.shape[end.ndim - dims :]:
-        raise BadValue(
-            f"the objects {key_text(objects.key)} do not fit",
-            got=f"{str(given.dtype).removeprefix('torch.')} of shape {list(given.shape)}",
-            needed=f"integers, the last dims of {list(end.shape)}",
-        )
-    ids = given.reshape(*given.shape[:lead], *[1] * (end.ndim - given.ndim), *given.shape[lead:]).expand_as(end).long()
-    if ids.numel() and int(ids.max()) >= objects.count:
-        raise BadValue("an object beyond the count", got=f"number {int(ids.max())}", needed=f"below {objects.count}")
-    base = game.starts[mine]
-
-    def other(at: Tensor, w: Wrt) -> Tensor:
-        if w != mine:
-            return game.ends[w].expand(len(at), *game.ends[w].shape)
-        gone = ids == (at - 1).view(-1, *[1] * ids.ndim).masked_fill(at.view(-1, *[1] * ids.ndim) == 0, -2)
-        return torch.where(gone, base, end)
-
-    scores = score(game.values(objects.count + 1, _nothing(game), other), game.td).movedim(0, -1)
-    wide = torch.nn.functional.pad(scores, (0, 1))  # -1 is the column that was added
-    found = wide.gather(-1, (ids % (objects.count + 1)).flatten(lead) if end.ndim > lead else ids.unsqueeze(-1))
-    return game.shaped(mine, found.reshape(end.shape))
-
-
 def _nothing(game: Game) -> Callable[[Tensor, Wrt], Tensor]:
     """Nothing stays of itself: all is said by what stands in for it."""
-    return lambda at, w: torch.zeros(
-        len(at), *game.ends[w].shape[game.lead :], dtype=torch.bool, device=game.ends[w].device
-    )
+    return lambda at, w: torch.zeros((1,) * (1 + game.ends[w].ndim), dtype=torch.bool, device=game.ends[w].device)
 
 
 def _between(length: int, stride: int, points: int, like: Tensor) -> Tensor:

@@ -153,7 +153,8 @@ def _networks(agent: nn.Module) -> dict[str, TensorDictModuleBase]:
 def _behind_loss(loss: nn.Module) -> dict[str, TensorDictModuleBase]:
     """The networks whose parameters a functional loss holds; of a loss that is not functional, its submodules."""
     networks: dict[str, TensorDictModuleBase] = {}
-    for name, held in loss._modules.items():
+    for name, child in loss._modules.items():
+        held: Any = child
         if isinstance(held, TensorDictModuleBase) and name.endswith("_network"):
             networks[name] = held
         if not (isinstance(held, TensorDictBase) or hasattr(held, "_param_td")) or not name.endswith("_params"):

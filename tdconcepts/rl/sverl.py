@@ -16,7 +16,7 @@ from tdconcepts.hooks import Options, Target, check_module, check_td, dispatch_r
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, join, key_text
-from tdconcepts.perturbation.masks import Masks, check_masks, numbered
+from tdconcepts.perturbation.masks import Masks, check_masks, mask_key, numbered
 from tdconcepts.perturbation.perturbing import Game, Perturbing
 from tdconcepts.rl.episodes import run_episodes
 
@@ -117,8 +117,7 @@ class Sverl(TensorDictModuleBase):
             return torch.where((at == 0).view(-1, *[1] * end.ndim), end, seen.to(end.dtype))
 
         def nothing(at: Tensor, w: Wrt) -> Tensor:
-            row = game.ends[w].shape[game.lead :]
-            return torch.zeros(len(at), *row, dtype=torch.bool, device=game.ends[w].device)
+            return torch.zeros((1,) * (1 + game.ends[w].ndim), dtype=torch.bool, device=game.ends[w].device)
 
         values = game.values(count + 1, nothing, other)  # [1 + M, *B]
         agree = torch.stack([self._agree(game, states, g) for g in range(game.count)])  # [G, M, *B]
@@ -265,7 +264,11 @@ def sverl_outcome(
         if rows.get(key, None) is None:
             raise BadKey(f"no entry {key_text(key)} in the visited states", got=f"{list(states.keys(True, True))}")
     check_masks(mask, tuple(keys))
-    ids, count = numbered(mask, {key: rows.get(key).shape[1:] for key in keys})
+    if any(mask_key(mask, key) is not None for key in keys):
+        fix = "a tensor in the shape of a row, or a callable"
+        raise BadValue("the features are the same in all states here", got=f"mask={mask!r}", fix=fix)
+    found, count = numbered(mask, {key: rows.get(key) for key in keys}, rows, torch.zeros(0).long())
+    ids = {key: numbers.squeeze(0).cpu() for key, numbers in found.items()}
     source = Source(generator)
     first = int(source.uniform(1).item() * 2**24)
     orders = _orders(count, n_samples, source)
@@ -280,8 +283,8 @@ def sverl_outcome(
             for number in range(1 if bool(coalition.all()) and greedy else episodes):
                 draws = torch.Generator(source.device).manual_seed(first + number)
                 blind = Hidden(policy, rows, kept, draws)
-                found, _ = run_episodes(env, blind, list(seeds), max_steps=max_steps, greedy=greedy)
-                total.append(found.get("return"))
+                episode, _ = run_episodes(env, blind, list(seeds), max_steps=max_steps, greedy=greedy)
+                total.append(episode.get("return"))
             played[name] = torch.stack(total).mean(0)
         return played[name]
 

@@ -7,9 +7,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadValue
-from tdconcepts.hooks import Target
 from tdconcepts.perturbation import Blur
-from tdconcepts.rl.saliency import Greydanus, Objects, ObjectSaliency, Sarfa, Spots
+from tdconcepts.rl.saliency import Greydanus, Sarfa, Spots, object_saliency
 from tdconcepts.rl.targets import chosen_value
 
 KEY, PIXELS = ("attribution", "observation"), ("attribution", "pixels")
@@ -102,24 +101,24 @@ def test_spots_by_the_formula(make, score, chunk_size):
 
 def test_objects_differ_from_state_to_state():
     module, td = images()
-    td["objects"] = torch.randint(-1, 3, (4, 9, 8))
-    td["objects"][0][td["objects"][0] == 2] = 1  # a state without the third object
-    explain = ObjectSaliency(module, chosen_value("q"), wrt="pixels", features=Objects("objects", 3))
-    found = explain(td.copy())[PIXELS]
+    outlines = torch.randint(-1, 3, (4, 9, 8))
+    outlines[0][outlines[0] == 2] = 1  # a state without the third object
+    td["objects", "pixels"] = outlines
+    found = object_saliency(module, chosen_value("q"), wrt="pixels")(td.copy())[PIXELS]
+    moved = Greydanus(module, "q", wrt="pixels", mask="objects")(td.copy())[PIXELS]
     for i in range(4):
         x, a = td["pixels"][i : i + 1], td["action"][i]
         for o in range(3):
-            place = td["objects"][i] == o
-            slow = module.module(x)[0, a] - module.module(torch.where(place, 0.0, x))[0, a]
-            torch.testing.assert_close(found[i, :, place], slow.expand_as(found[i, :, place]))
-        assert (found[i, :, td["objects"][i] == -1] == 0).all()
-    greydanus = Greydanus(module, "q", wrt="pixels", features=Objects("objects", 3))(td.copy())[PIXELS]
-    assert (greydanus >= 0).all()
+            place = outlines[i] == o
+            before, after = (module.module(one)[0] for one in (x, torch.where(place, 0.0, x)))
+            torch.testing.assert_close(found[i, :, place], (before - after)[a].expand_as(found[i, :, place]))
+            torch.testing.assert_close(moved[i, :, place], squared(before, after, a).expand_as(moved[i, :, place]))
+        assert (found[i, :, outlines[i] == -1] == 0).all()
 
 
 def test_bad_input():
     module, td = vectors()
-    for make in (lambda: Spots(sigma=0.0), lambda: Spots(stride=0), lambda: Objects("o", 0)):
+    for make in (lambda: Spots(sigma=0.0), lambda: Spots(stride=0)):
         with pytest.raises(BadValue, match="not "):
             make()
     with pytest.raises(BadValue, match="spots need pixels"):
@@ -128,14 +127,7 @@ def test_bad_input():
         Greydanus(module, "q", features=Spots(), mask=torch.zeros(4).long())
     with pytest.raises(BadKey, match="writes no entry 'logits'"):
         Greydanus(module)
-    with pytest.raises(BadValue, match="several targets"):
-        ObjectSaliency(module, Target("q", [0, 1]))
-    objects = ObjectSaliency(module, chosen_value("q"), wrt="observation", features=Objects("objects", 2))
-    with pytest.raises(BadKey, match="'objects'"):
-        objects(td)
-    with pytest.raises(BadValue, match="beyond the count"):
-        objects(td.copy().set("objects", torch.full((2, 3, 4), 2)))
-    with pytest.raises(BadValue, match="do not fit"):
-        objects(td.copy().set("objects", torch.zeros(2, 3, 3).long()))
+    with pytest.raises(BadKey, match="objects"):
+        object_saliency(module, chosen_value("q"), wrt="observation")(td)
     with pytest.raises(BadKey, match="no entry 'action'"):
         Sarfa(module, "q", wrt="observation")(td.exclude("action"))

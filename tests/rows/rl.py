@@ -12,7 +12,18 @@ from tdconcepts import Target
 ROWS = []
 
 if importlib.util.find_spec("torchrl") is not None:
-    from tdconcepts.rl import Greydanus, Marked, Objects, ObjectSaliency, RolloutExplainer, Sarfa, Sverl, TemporalProbe
+    from tdconcepts.rl import (
+        Greydanus,
+        Marked,
+        RewardDifference,
+        RolloutExplainer,
+        Sarfa,
+        SquaredError,
+        StateImportance,
+        Sverl,
+        TemporalProbe,
+        TracIn,
+    )
 
     def temporal(w):
         """A probe that was fitted to rollouts of its own."""
@@ -44,11 +55,6 @@ if importlib.util.find_spec("torchrl") is not None:
             compiled=DATA_DEPENDENT,
         ),
         explainer(
-            "ObjectSaliency",
-            lambda w: ObjectSaliency(w.model, argmax(w), w("hidden"), features=Objects(w("action"), 3), **w.chunk),
-            compiled=DATA_DEPENDENT,
-        ),
-        explainer(
             "Sverl",
             lambda w: Sverl(
                 w.model,
@@ -57,5 +63,19 @@ if importlib.util.find_spec("torchrl") is not None:
                 **w.chunk,
             ),
             compiled=DATA_DEPENDENT,
+        ),
+        row("StateImportance", lambda w: StateImportance(w("concepts_logits"))),
+        row("RewardDifference", lambda w: RewardDifference(w("observation", group="noise"), w("action"))),
+        explainer(
+            "TracIn",
+            lambda w: TracIn(
+                w.model,
+                SquaredError(w("logits"), w("concepts_logits")),
+                Target(w("logits"), 1),
+                w.td().select(w("observation"))[:2],
+                **w.chunk,
+            ),
+            frozen="parameters that are frozen don't count, by definition",
+            compiled="gradients of parameters by torch.func, which compile does not trace through a module",
         ),
     ]
