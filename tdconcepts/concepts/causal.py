@@ -67,7 +67,7 @@ class GraphBottleneck(ConceptModel):
         spec, key = as_spec(dag.names if concepts is None else concepts), as_key(key)
         latent, roots, do = (beside(key, name) for name in ("latent", "roots", "do"))
         layout = graph_layout(spec, dag)
-        equations = LinearEquations(layout.mask, layout.roots)
+        equations = LinearEquations(layout)
         keys = [roots, beside(key, join(key)[-1] + "_logits"), key]
         stages = {
             "encoder": wrapped(encoder, "encoder", in_keys or "observation", latent, given=in_keys),
@@ -132,7 +132,7 @@ class CausalBottleneck(ConceptModel):
         spec, key = as_spec(dag.names if concepts is None else concepts), as_key(key)
         latent, exogenous, do = (beside(key, name) for name in ("latent", "exogenous", "do"))
         layout = graph_layout(spec, dag)
-        equations = HyperEquations(layout.mask, layout.roots, embedding_size, embedding_size)
+        equations = HyperEquations(layout, embedding_size, embedding_size)
         keys = [exogenous, beside(key, join(key)[-1] + "_logits"), key]
         stages = {
             "encoder": wrapped(encoder, "encoder", in_keys or "observation", latent, given=in_keys),

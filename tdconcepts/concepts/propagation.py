@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,15 @@ from tdconcepts.keys import NestedKey
 __all__ = ["GraphPropagation", "HyperEquations", "LinearEquations", "graph_layout"]
 
 
+Part: TypeAlias = tuple[int, int, Tensor]  # the columns of an earlier level: from, to, values [*B, to - from]
+
+
 class Equations(Protocol):
-    """The logits of a level: columns ``start`` to ``stop`` in the order of the levels, from the columns before them."""
+    """The logits of a level: columns ``start`` to ``stop`` in the order of the levels, from the levels before."""
 
     width: int
 
-    def __call__(self, start: int, stop: int, before: Tensor, context: Tensor) -> Tensor: ...
+    def __call__(self, start: int, stop: int, before: Sequence[Part], context: Tensor) -> Tensor: ...
 
 
 class LinearEquations(nn.Module):
@@ -31,25 +34,27 @@ class LinearEquations(nn.Module):
     :math:`\ell_j = b_j + \sum_{i \in pa(j)} W_{ji} c_i`.
 
     Args:
-        mask: ``[C, C]``, True at (j, i) where column j depends on column i, columns in the order of the levels.
-        roots: how many columns belong to roots.
+        layout: of the columns, see :class:`graph_layout`.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, roots: int) -> None:
+    def __init__(self, layout: graph_layout) -> None:
         super().__init__()
-        self.width = roots
+        mask, self.width, self._edges = layout.mask, layout.roots, layout.edges
         self.register_buffer("mask", mask, persistent=False)
         fan_in = mask.sum(-1, keepdim=True).clamp(min=1)
         self.weight = nn.Parameter((2 * torch.rand(mask.shape) - 1) / fan_in.sqrt())
         self.bias = nn.Parameter(torch.zeros(len(mask)))
 
-    def forward(self, start: int, stop: int, before: Tensor, context: Tensor) -> Tensor:
+    def forward(self, start: int, stop: int, before: Sequence[Part], context: Tensor) -> Tensor:
         if not start:
             return context
-        weight = self.weight[start:stop, :start] * self.mask[start:stop, :start]
-        return F.linear(before, weight, self.bias[start:stop])
+        logits = self.bias[start:stop]
+        for low, high, values in before:
+            if (low, high, start) in self._edges:
+                logits = logits + values @ (self.weight[start:stop, low:high] * self.mask[start:stop, low:high]).mT
+        return logits
 
 
 class HyperEquations(nn.Module):
@@ -61,31 +66,33 @@ class HyperEquations(nn.Module):
     :math:`v_{ji}` for each edge.
 
     Args:
-        mask: as :class:`LinearEquations`.
-        roots: how many columns belong to roots.
+        layout: as :class:`LinearEquations`.
         size: width of an embedding, E.
         hidden: width of the hidden layer.
     """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor, roots: int, size: int, hidden: int = 8) -> None:
+    def __init__(self, layout: graph_layout, size: int, hidden: int = 8) -> None:
         super().__init__()
         as_size(embedding_size=size, hidden=hidden)
-        self.width = size
+        mask, self.width, self._edges = layout.mask, size, layout.edges
         self.register_buffer("mask", mask, persistent=False)
         fan_in = mask.sum(-1).clamp(min=1).reshape(-1, 1, 1) * hidden
         self.trunk, self.score = nn.Linear(size, hidden), nn.Linear(size, 1)
         self.readout = nn.Parameter((2 * torch.rand(len(mask), hidden, len(mask)) - 1) / fan_in.sqrt())
         self.bias = nn.Parameter(torch.zeros(len(mask)))
 
-    def forward(self, start: int, stop: int, before: Tensor, context: Tensor) -> Tensor:
+    def forward(self, start: int, stop: int, before: Sequence[Part], context: Tensor) -> Tensor:
         if not start:
             return self.score(context[..., :stop, :]).squeeze(-1)
-        hidden = F.leaky_relu(self.trunk(context[..., start:stop, :]))
-        readout = self.readout[start:stop, :, :start] * self.mask[start:stop, None, :start]
-        pulled = F.linear(before, readout.flatten(0, 1)).unflatten(-1, readout.shape[:2])  # [*B, level, hidden]
-        return (hidden * pulled).sum(-1) + self.bias[start:stop]
+        hidden, logits = F.leaky_relu(self.trunk(context[..., start:stop, :])), self.bias[start:stop]
+        for low, high, values in before:
+            if (low, high, start) in self._edges:
+                readout = self.readout[start:stop, :, low:high] * self.mask[start:stop, None, low:high]
+                pulled = F.linear(values, readout.flatten(0, 1)).unflatten(-1, readout.shape[:2])  # [*B, level, hidden]
+                logits = logits + (hidden * pulled).sum(-1)
+        return logits
 
     def weights(self, context: Tensor) -> Tensor:
         """The weight of column i in the equation of column j, ``[*B, C (j), C (i)]``, in the order of the levels."""
@@ -123,7 +130,7 @@ class GraphPropagation(BlockStage):
     Examples:
         >>> spec, dag = ConceptSpec(["a", "b"]), Dag(["a", "b"], [("a", "b")])
         >>> layout = graph_layout(spec, dag)
-        >>> stage = GraphPropagation(spec, dag, LinearEquations(layout.mask, layout.roots))
+        >>> stage = GraphPropagation(spec, dag, LinearEquations(layout))
         >>> logits, probs = stage(torch.zeros(3, 1))
         >>> probs[:, 0].tolist(), probs.shape
         ([0.5, 0.5, 0.5], torch.Size([3, 2]))
@@ -163,24 +170,27 @@ class GraphPropagation(BlockStage):
             check_block(context, (self.concepts.size, self.equations.width), self._read[0])
             context = context if self._in_order else context[..., self.order, :]
         logits: list[Tensor] = []
-        before = context[..., :0] if isinstance(self.equations, LinearEquations) else context[..., 0, :0]
+        before: list[Part] = []
         for (start, stop), spec in zip(self._levels, self._specs, strict=True):
             found = self.equations(start, stop, before, context)
+            if not start and found.shape[-1] != stop:
+                raise BadValue("the equations give other roots", got=list(found.shape), needed=f"[*B, {stop}]")
             probs = spec.probs(found)
             if do is not None:
                 given = do[..., start:stop]
                 probs = torch.where(given.isnan(), probs, given)
             logits.append(found)
-            before = torch.cat([before, probs], -1) if start else probs
-        block = torch.cat(logits, -1)
-        return (block, before) if self._in_order else (block[..., self.back], before[..., self.back])
+            before.append((start, stop, probs))
+        block, values = torch.cat(logits, -1), torch.cat([probs for _, _, probs in before], -1)
+        return (block, values) if self._in_order else (block[..., self.back], values[..., self.back])
 
 
 class graph_layout:  # noqa: N801
     """How the columns of a block lie when they are sorted by the levels of a graph.
 
     Attributes: ``levels`` (start and stop), ``specs`` (of each level), ``order`` (the column at each place), ``mask``
-    (``[C, C]``, True at (j, i) where j depends on i, sorted), ``roots`` (columns of roots), ``in_order``.
+    (``[C, C]``, True at (j, i) where j depends on i, sorted), ``edges`` (for levels with edges between them: from, to,
+    and where the later one starts), ``roots`` (columns of roots), ``in_order``.
 
     Examples:
         >>> spec = ConceptSpec(["b", "a"], [1, 2])
@@ -217,3 +227,9 @@ class graph_layout:  # noqa: N801
         adjacency = dag.adjacency[wanted][:, wanted]
         self.mask = adjacency[owner][:, owner].mT.contiguous()
         self.roots = self.levels[0][1]
+        self.edges = {
+            (low, high, start)
+            for i, (start, stop) in enumerate(self.levels)
+            for low, high in self.levels[:i]
+            if bool(self.mask[start:stop, low:high].any())
+        }

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdconcepts.concepts.encoders import mlp, one_pair
@@ -117,25 +116,30 @@ class LogicRules(BlockStage):
         self_concepts = as_spec(concepts)
         if any(run.kind == "continuous" for run in self_concepts.runs):
             raise BadValue("a rule is about true and false", got="continuous concepts", needed="binary or categorical")
-        pair = roles if isinstance(roles, tuple) else (roles, roles)
-        if len(pair) != 2 or not set(pair) <= {"soft", "argmax"}:
-            raise BadValue("not a kind of roles", got=repr(roles), needed='"soft", "argmax", or a pair of these')
         names: dict[str, NestedKey] = {n: n for n in ("concepts", "selection", "rules", "probs")}
         if set(keys or {}) - set(names):
             raise BadValue("not the entries of this stage", got=repr(keys), needed=f"keys for {list(names)}")
         names |= keys or {}
         super().__init__([names["concepts"], names["selection"]], [names["rules"], names["probs"]])
-        self.concepts, self.tasks, self.memory_size, self._pair = self_concepts, tasks, memory_size, pair
+        self.concepts, self.tasks, self.memory_size = self_concepts, tasks, memory_size
+        self.set_roles(roles)
         self.memory = nn.Parameter(torch.randn(tasks, memory_size, rule_size))
         self.decoder = mlp(rule_size, [rule_size], 3 * self.concepts.size)
+
+    def set_roles(self, roles: Roles | tuple[Roles, Roles]) -> None:
+        """Change which roles are used, as the constructor's ``roles``."""
+        pair = roles if isinstance(roles, tuple) else (roles, roles)
+        if len(pair) != 2 or not set(pair) <= {"soft", "argmax"}:
+            raise BadValue("not a kind of roles", got=repr(roles), needed='"soft", "argmax", or a pair of these')
+        self._pair = pair
 
     def roles(self, kind: Roles | None = None) -> Tensor:
         """The probabilities of the roles positive, negative, irrelevant: ``[T, M, C, 3]``."""
         kind = kind or self._pair[0 if self.training else 1]
-        soft = self.decoder(self.memory).unflatten(-1, (self.concepts.size, 3)).softmax(-1)
-        if kind == "soft":
-            return soft
-        return F.one_hot(soft.argmax(-1), 3).to(soft.dtype) + (soft - soft.detach())
+        soft = self._decoded().softmax(-2)
+        if kind == "argmax":
+            soft = torch.stack(_certain(soft), -2).to(soft.dtype) + (soft - soft.detach())
+        return soft.mT
 
     def text(self) -> list[list[str]]:
         """What each rule says, ``[T][M]``, by the most probable roles: ``"wing & ~beak"``, or ``"true"``."""
@@ -149,6 +153,10 @@ class LogicRules(BlockStage):
         terms = [[[signs[r] + n for n, r in zip(names, row, strict=True) if r < 2] for row in task] for task in best]
         return [[" & ".join(row) or "true" for row in task] for task in terms]
 
+    def _decoded(self) -> Tensor:
+        """The logits of the roles, ``[T, M, 3, C]``."""
+        return self.decoder(self.memory).unflatten(-1, (3, self.concepts.size))
+
     def compute(self, *entries: Tensor) -> tuple[Tensor, ...]:
         block = check_block(entries[0], (self.concepts.size,), self._read[0])
         selection = check_block(entries[1], (self.tasks, self.memory_size), self._read[1])
@@ -156,13 +164,13 @@ class LogicRules(BlockStage):
             got = f"{list(block.shape)} and {list(selection.shape)}"
             raise BadValue("concepts and selection of different batches", got=got, needed="[*B, C] and [*B, T, M]")
         kind = self._pair[0 if self.training else 1]
-        positive, negative, irrelevant = self.roles(kind).unbind(-1)
-        if kind == "argmax" and not torch.is_grad_enabled():  # certain roles: a sum of logarithms, one matmul
+        if kind == "argmax" and not torch.is_grad_enabled():  # certain roles: a sum of logarithms, two products
             tiny = torch.finfo(block.dtype).tiny
-            logs = torch.cat([block.clamp(min=tiny).log(), (1 - block).clamp(min=tiny).log()], -1)
-            truth = (logs @ torch.cat([positive, negative], -1).flatten(0, 1).mT).exp()
-            truth = truth.unflatten(-1, (self.tasks, self.memory_size))
+            positive, negative, _ = (role.flatten(0, 1).to(block.dtype).mT for role in _certain(self._decoded()))
+            logs = block.clamp(min=tiny).log() @ positive + (1 - block).clamp(min=tiny).log() @ negative
+            truth = logs.exp().unflatten(-1, (self.tasks, self.memory_size))
         else:
+            positive, negative, irrelevant = self.roles(kind).unbind(-1)
             true, false = irrelevant + positive, irrelevant + negative
             truth = torch.lerp(false, true, block[..., None, None, :]).prod(-1)
         return truth, (selection * truth).sum(-1)
@@ -233,3 +241,11 @@ class RuleLikelihood(BlockStage):
         no = (selection * -torch.expm1(truth)).sum(-1).clamp(min=torch.finfo(selection.dtype).eps).log()
         likely = torch.where(task > 0.5, yes, no)
         return -torch.where(task.isnan(), 0, likely).sum(-1)
+
+
+def _certain(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the three roles has the largest score, the first where several have; ``[T, M, 3, C]`` -> three masks."""
+    positive, negative, irrelevant = scores.detach().unbind(-2)
+    first = (positive >= negative) & (positive >= irrelevant)
+    second = ~first & (negative >= irrelevant)
+    return first, second, ~(first | second)

@@ -13,7 +13,7 @@ from tdconcepts.errors import BadValue
 __all__ = ["LinearFit", "linear_fit"]
 
 MEMORY = 8  # pairs of the quasi-Newton method
-SUFFICIENT = 1e-4  # of the decrease that the slope promises
+NEAR, LINE = 0.3, 20  # of the slope may be left after a line search, and its steps at most
 
 
 class LinearFit(NamedTuple):
@@ -36,11 +36,11 @@ def linear_fit(
     r"""For each column c: :math:`\min_{w, b} \sum_i m_{ic}\, L(w \cdot x_i + b, y_{ic}) + \frac{\lambda}{2} \|w\|^2`.
 
     L is :math:`\log(1 + e^s) - y s` (y is 0 or 1) or :math:`\frac{1}{2} (s - y)^2`; m is 0 where y is NaN. The
-    curvature of the first is at most 1/4, that of the second at most 1: with
-    :math:`H = \kappa \tilde X^T \tilde X + \lambda I = L L^T` (one factorisation for all columns) and :math:`v = L^T w`
-    no direction curves by more than 1 (Boehning and Lindsay 1988). In these coordinates all columns take a
-    limited-memory quasi-Newton step at once, with a Newton step along the direction; it costs one product of the rows
-    with C vectors and one back. Least squares without missing labels is the solution of H itself.
+    curvature of the first is at most 1/4, that of the second at most 1, so no column's curvature is above
+    :math:`H = \kappa \tilde X^T \tilde X + \lambda I` (Boehning and Lindsay 1988): one inverse that serves all columns.
+    From it a limited-memory quasi-Newton method starts, all columns at once, with a line search by Newton's method. A
+    step costs one product of the rows with C vectors and one back. Least squares without missing labels is the solution
+    of H itself.
 
     Args:
         x: rows ``[N, F]``, float32 or float64.
@@ -60,104 +60,101 @@ def linear_fit(
         (3.0, 1.0)
     """
     known = ~y.isnan()
-    complete = bool(known.all())
+    mask = None if bool(known.all()) else known.to(x.dtype)
     y = y.masked_fill(~known, 0)
-    mask = known.to(x.dtype)
     rows = F.pad(x, (0, 1), value=1.0)
     penalty = F.pad(x.new_full((x.shape[1],), ridge), (0, 1))
+    direct = loss == "squares" and mask is None
     bound = 0.25 if loss == "logistic" else 1.0
-    gram = rows.double().mT @ rows.double()
-    factor, wrong = torch.linalg.cholesky_ex(bound * gram + torch.diag(penalty).double())
+    wide = rows.double() if direct else rows  # else it only starts the iterations
+    factor, wrong = torch.linalg.cholesky_ex((bound * wide.mT @ wide).double() + torch.diag(penalty).double())
     if int(wrong) > 0:
         got = f"ridge={ridge} with {len(x)} rows of {x.shape[1]} features"
         raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0")
-    if loss == "squares" and complete:
+    if direct:
         found = torch.cholesky_solve((rows.mT @ y).double(), factor).to(x.dtype)
         return LinearFit(found[:-1].mT.contiguous(), found[-1], 1, 0.0)
-    # v = factor^T w, so w = inverse^T v: rows and penalty in the coordinates of v
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-    rows_v = (rows.double() @ inverse.mT).to(x.dtype)
-    penalty_v = ((inverse * penalty.double()) @ inverse.mT).to(x.dtype)
-    to_w = factor.to(x.dtype)
-    v, count, left = _descend(rows_v, y, mask, penalty_v, to_w, loss == "logistic", iterations, tolerance)
-    w = (inverse.mT @ v.double()).to(x.dtype)
+    start = torch.cholesky_inverse(factor).to(x.dtype)
+    problem = _Problem(rows, y, mask, penalty.unsqueeze(-1), loss == "logistic")
+    w, count, left = _descend(problem, start, iterations, tolerance)
     return LinearFit(w[:-1].mT.contiguous(), w[-1], count, left)
 
 
-def _descend(
-    rows: Tensor,
-    y: Tensor,
-    mask: Tensor,
-    penalty: Tensor,
-    to_w: Tensor,
-    logistic: bool,
-    iterations: int,
-    tolerance: float,
-) -> tuple[Tensor, int, float]:
-    """Limited-memory quasi-Newton steps for all columns; ``v [F + 1, C]``."""
-    v = rows.new_zeros(rows.shape[1], y.shape[1])
-    scores, pulled = rows @ v, penalty @ v
-    number = mask.sum(0).clamp(min=1)
+class _Problem(NamedTuple):
+    rows: Tensor  # [N, F + 1]
+    y: Tensor  # [N, C]
+    mask: Tensor | None
+    penalty: Tensor  # [F + 1, 1]
+    logistic: bool
+
+    def slope(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The derivative of the loss by each score, and what the curvature is made of."""
+        p = scores.sigmoid() if self.logistic else scores
+        slope = p - self.y
+        return (slope if self.mask is None else slope * self.mask), (p if self.logistic else None)
+
+    def bend(self, p: Tensor | None, along: Tensor) -> Tensor:
+        """The curvature of the loss in a direction, for each column."""
+        squares = along.square()
+        if p is not None:
+            squares = torch.addcmul(p, p, p, value=-1).mul_(squares)
+        return (squares if self.mask is None else squares * self.mask).sum(0)
+
+
+def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, int, float]:
+    """Limited-memory quasi-Newton steps for all columns; ``w [F + 1, C]``."""
+    rows, penalty = problem.rows, problem.penalty
+    w = rows.new_zeros(rows.shape[1], problem.y.shape[1])
+    number = len(rows) if problem.mask is None else problem.mask.sum(0).clamp(min=1)
+    scores = rows @ w
+    slope, p = problem.slope(scores)
+    gradient = rows.mT @ slope
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    value = _value(scores, y, mask, v, pulled, logistic)
-    gradient = rows.mT @ _slope(scores, y, mask, logistic) + pulled
     count, left = 0, torch.inf
     for count in range(iterations + 1):
-        left = float(((to_w @ gradient).abs() / number).max())
+        left = float((gradient.abs() / number).max())
         if left <= tolerance or count == iterations:
             break
-        direction = _direction(gradient, pairs)
-        downhill = (direction * gradient).sum(0) < 0
-        direction = torch.where(downhill, direction, -gradient)
-        along, pulled_along = rows @ direction, penalty @ direction
-        slope = (direction * gradient).sum(0)
-        curve = (_curvature(scores, mask, logistic) * along.square()).sum(0) + (direction * pulled_along).sum(0)
-        step = (-slope / curve.clamp(min=torch.finfo(v.dtype).tiny)).where(slope < 0, 0)
-        for _ in range(20):
-            new = _value(scores + step * along, y, mask, v + step * direction, pulled + step * pulled_along, logistic)
-            slack = 10 * torch.finfo(v.dtype).eps * value.abs()  # what rounding hides
-            worse = new > value + SUFFICIENT * step * slope + slack
-            if not bool(worse.any()):
+        direction = _direction(gradient, pairs, start)
+        first = (direction * gradient).sum(0)
+        direction = torch.where(first < 0, direction, -start @ gradient)
+        first = (direction * gradient).sum(0)
+        along = rows @ direction
+        pull, inner = (direction * penalty * w).sum(0), (direction.square() * penalty).sum(0)
+        tiny = torch.finfo(w.dtype).tiny
+        step = -first / (problem.bend(p, along) + inner).clamp(min=tiny)
+        low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+        for _ in range(LINE):
+            slope, p = problem.slope(torch.addcmul(scores, along, step))
+            rise = (
+                (slope * along).sum(0) + pull + step * inner
+            )  # the derivative of the objective, which grows with step
+            low, high = torch.where(rise < 0, step, low), torch.where(rise > 0, step, high)
+            far = rise.abs() > NEAR * first.abs()
+            if not bool(far.any()):
                 break
-            step = torch.where(worse, step / 2, step)
+            newton = step - rise / (problem.bend(p, along) + inner).clamp(min=tiny)
+            middle = torch.where(high.isinf(), 2 * step, (low + high) / 2)
+            inside = (newton > low) & (newton < high) & (newton < 4 * step)
+            step = torch.where(far, torch.where(inside, newton, middle), step)
         else:
-            step = torch.where(worse, 0, step)
-            new = torch.where(worse, value, new)
+            slope, p = problem.slope(torch.addcmul(scores, along, step))
         moved = step * direction
-        v, scores, pulled, value = v + moved, scores + step * along, pulled + step * pulled_along, new
-        before, gradient = gradient, rows.mT @ _slope(scores, y, mask, logistic) + pulled
+        w, scores = w + moved, torch.addcmul(scores, along, step)
+        before, gradient = gradient, torch.addcmul(rows.mT @ slope, penalty, w)
         change = gradient - before
         product = (moved * change).sum(0)
         pairs = [*pairs[1 - MEMORY :], (moved, change, torch.where(product > 0, 1 / product.clamp(min=1e-30), 0))]
-    return v, count, left
+    return w, count, left
 
 
-def _direction(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _direction(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], start: Tensor) -> Tensor:
     """Minus the inverse curvature, as the pairs know it, times the gradient (the two loops of L-BFGS)."""
     q, weights = gradient, []
     for moved, change, rho in reversed(pairs):
         weights.append(rho * (moved * q).sum(0))
-        q = q - weights[-1] * change
-    if pairs:
-        moved, change, _ = pairs[-1]
-        scale = (moved * change).sum(0) / change.square().sum(0).clamp(min=1e-30)
-        q = q * torch.where(scale > 0, scale, 1)
+        q = torch.addcmul(q, change, weights[-1], value=-1)
+    q = start @ q
     for (moved, change, rho), weight in zip(pairs, reversed(weights), strict=True):
-        q = q + (weight - rho * (change * q).sum(0)) * moved
+        q = torch.addcmul(q, moved, weight - rho * (change * q).sum(0))
     return -q
-
-
-def _value(scores: Tensor, y: Tensor, mask: Tensor, v: Tensor, pulled: Tensor, logistic: bool) -> Tensor:
-    losses = F.softplus(scores) - y * scores if logistic else 0.5 * (scores - y).square()
-    return (mask * losses).sum(0) + 0.5 * (v * pulled).sum(0)
-
-
-def _slope(scores: Tensor, y: Tensor, mask: Tensor, logistic: bool) -> Tensor:
-    return mask * ((scores.sigmoid() if logistic else scores) - y)
-
-
-def _curvature(scores: Tensor, mask: Tensor, logistic: bool) -> Tensor:
-    if not logistic:
-        return mask
-    p = scores.sigmoid()
-    return mask * p * (1 - p)

@@ -18,7 +18,7 @@ C, E = 7, 3
 def stages():
     torch.manual_seed(0)
     layout = graph_layout(SPEC, DAG)
-    linear, hyper = LinearEquations(layout.mask, layout.roots), HyperEquations(layout.mask, layout.roots, E, 4)
+    linear, hyper = LinearEquations(layout), HyperEquations(layout, E, 4)
     for equations in (linear, hyper):
         torch.nn.init.normal_(equations.bias)
     return GraphPropagation(SPEC, DAG, linear).double(), GraphPropagation(SPEC, DAG, hyper).double()
@@ -104,7 +104,7 @@ def test_a_thousand_concepts_are_a_few_products():
     dag = Dag(spec.names, [(str(i), str(500 + i)) for i in range(500)])
     layout = graph_layout(spec, dag)
     assert (len(layout.levels), layout.roots, int(layout.mask.sum())) == (2, 500, 500)
-    stage = GraphPropagation(spec, dag, LinearEquations(layout.mask, layout.roots))
+    stage = GraphPropagation(spec, dag, LinearEquations(layout))
     assert stage(torch.zeros(2, 500))[1].shape == (2, 1000)
 
 

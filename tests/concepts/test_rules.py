@@ -23,7 +23,7 @@ def set_roles(model, wanted):
     """Make the decoded roles certain: ``wanted[t][m]`` is a text such as ``"+-0"``."""
     logits = torch.tensor([[[[40.0 * (r == s) for s in "+-0"] for r in rule] for rule in task] for task in wanted])
     model.decoder = torch.nn.Identity()
-    model.memory = torch.nn.Parameter(logits.double().flatten(-2))
+    model.memory = torch.nn.Parameter(logits.double().mT.flatten(-2))
     return model
 
 

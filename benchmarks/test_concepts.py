@@ -1,0 +1,151 @@
+"""Concept models of 1000 concepts against one dense layer (aim: at most 1.5), and CAVs against a loop of scikit-learn.
+
+"One dense layer" is the one that the model can't do without, written by hand: from the latent to the concepts (or to
+their embeddings), with its activation. The whole model is also measured against all of its arithmetic by hand.
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import nn
+
+from tdconcepts.concepts import (
+    CausalBottleneck,
+    ConceptActivationVectors,
+    ConceptBottleneck,
+    ConceptEmbedding,
+    ConceptMemoryReasoner,
+    ConceptSpec,
+    Dag,
+    GraphBottleneck,
+)
+
+ROWS, WIDTH, CONCEPTS, TASKS, EMBEDDING = 256, 512, 1000, 10, 16
+
+
+def data(columns=WIDTH):
+    return TensorDict({"observation": torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(0))}, [ROWS])
+
+
+def quiet(form):
+    def call(td):
+        with torch.no_grad():
+            return form(td)
+
+    return call
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layer", "by hand"])
+@pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
+def test_bottleneck(compare, whole):
+    torch.manual_seed(0)
+    encoder, head = nn.Linear(WIDTH, CONCEPTS), nn.Linear(CONCEPTS, TASKS)
+    model = ConceptBottleneck(encoder, head, CONCEPTS).eval()
+
+    def dense(td):
+        return [F.linear(td.get("observation"), encoder.weight, encoder.bias)]
+
+    def by_hand(td):
+        return [head(encoder(td.get("observation")).sigmoid())]
+
+    name, form, key = ("by hand", by_hand, "logits") if whole else ("one layer", dense, "concepts_logits")
+    compare(f"ConceptBottleneck / {name}", quiet(model), quiet(form), data(), [key], at_most=1.5)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one layer", "by hand"])
+@pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
+def test_embedding(compare, whole):
+    torch.manual_seed(0)
+    model = ConceptEmbedding(nn.Identity(), TASKS, CONCEPTS, WIDTH, EMBEDDING).eval()
+    layer, score, head = model["exogenous"].linear, model["score"].linear["binary"], model["head"].head
+
+    def dense(td):
+        return [F.leaky_relu(layer(td.get("observation"))).unflatten(-1, (2 * CONCEPTS, EMBEDDING))]
+
+    def by_hand(td):
+        pairs = F.leaky_relu(layer(td.get("observation"))).unflatten(-1, (CONCEPTS, 2, EMBEDDING))
+        probs = score(pairs.flatten(-2)).sigmoid()
+        return [head((probs * pairs[..., 0, :] + (1 - probs) * pairs[..., 1, :]).flatten(-2))]
+
+    name, form, key = ("by hand", by_hand, "logits") if whole else ("one layer", dense, "exogenous")
+    compare(f"ConceptEmbedding / {name}", quiet(model), quiet(form), data(), [key], at_most=1.5)
+
+
+@pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
+def test_reasoner(compare):
+    torch.manual_seed(0)
+    model = ConceptMemoryReasoner(nn.Identity(), TASKS, CONCEPTS, WIDTH, 4).eval()
+    model["rules"].set_roles("argmax")
+    layer = model["concepts"].layers
+
+    def dense(td):
+        return [layer(td.get("observation"))]
+
+    name = "ConceptMemoryReasoner, certain roles / one layer"
+    compare(name, quiet(model), quiet(dense), data(), ["concepts_logits"], at_most=1.5)
+
+
+@pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
+@pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
+def test_graph(compare, kind):
+    """900 roots, 90 concepts below them, 10 tasks below these."""
+    torch.manual_seed(0)
+    spec = ConceptSpec(CONCEPTS)
+    edges = [(str(i), str(900 + (i * 7 + j) % 90)) for i in range(900) for j in range(3)]
+    edges += [(str(900 + i), str(990 + j)) for i in range(90) for j in range(10)]
+    model = kind(nn.Identity(), Dag(spec.names, edges), in_features=WIDTH).eval()
+    first = model["roots"].layers if kind is GraphBottleneck else model["exogenous"].linear
+    key = "roots" if kind is GraphBottleneck else "exogenous"
+
+    def dense(td):
+        found = first(td.get("observation"))
+        return [found if kind is GraphBottleneck else F.leaky_relu(found).unflatten(-1, (CONCEPTS, -1))]
+
+    compare(f"{kind.__name__} / one layer", quiet(model), quiet(dense), data(), [key], at_most=1.5)
+
+
+@pytest.mark.parametrize("latent", ["independent", "of a ReLU layer"])
+@pytest.mark.benchmark(group="concepts: 112 CAVs of 512 features / a loop of scikit-learn")
+def test_cav(compare, latent):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3000, 512, generator=generator)
+    if latent != "independent":
+        z = (
+            torch.randn(3000, 64, generator=generator) @ torch.randn(64, 512, generator=generator) / 8 + 0.1 * z
+        ).relu()
+    truth = z @ torch.randn(512, 112, generator=generator)
+    truth = truth - truth.mean(0) + 0.3 * truth.std(0) * torch.randn(3000, 112, generator=generator)
+    labels = (truth > 0).float()
+    z, labels, held, wanted = z[:2000], labels[:2000], z[2000:], labels[2000:]
+    cavs = ConceptActivationVectors(512, 112)
+    rows, columns = z.numpy(), labels.numpy()
+
+    def ours():
+        cavs.fit(z, labels)
+        return cavs(latent=held) > 0
+
+    def loop():
+        peers = [linear_model.LogisticRegression(max_iter=1000).fit(rows, columns[:, c]) for c in range(112)]
+        return torch.stack([torch.from_numpy(peer.predict(held.numpy())) > 0.5 for peer in peers], 1)
+
+    times: list[list[float]] = []
+    right: list[list[float]] = [[], []]
+    for _ in range(4):
+        taken = []
+        for i, form in enumerate((ours, loop)):
+            start = time.process_time()
+            found = form()
+            taken.append(time.process_time() - start)
+            right[i].append((found == wanted.bool()).float().mean().item())
+        times.append(taken)
+    one, other = (statistics.median(column[1:]) for column in zip(*times, strict=True))
+    ratios = [a / b for a, b in times[1:]]
+    assert abs(right[0][0] - right[1][0]) < 0.003
+    name = f"112 CAVs, latents {latent} / scikit-learn, held-out accuracy {right[0][0]:.4f} / {right[1][0]:.4f}"
+    compare.add(name, one, other, ratios, "<= 0.1 (10x faster)", statistics.median(ratios) <= 0.1)
+    compare.benchmark.pedantic(ours, rounds=3)
