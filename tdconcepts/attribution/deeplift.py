@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
@@ -37,8 +37,16 @@ __all__ = ["DeepLift", "DeepLiftShap"]
 OnMissing = Literal["raise", "gradient"]
 
 
-class _Lifting(IntegratedGradients if TYPE_CHECKING else object):
+class _Lifting:
     """What methods that lift have on top of the ends of a path: pull-backs that compare them."""
+
+    module: Any
+    _explaining: Any
+    _paths: Any
+    _written: Any
+    _delta: Any
+    _ends: Any
+    _convergence: Any
 
     def _lift(self, epsilon: float, on_missing: OnMissing) -> None:
         if not (isinstance(epsilon, (int, float)) and 0 <= epsilon < float("inf")):
@@ -182,9 +190,10 @@ class DeepLiftShap(_Lifting, IntegratedGradients):
         convergence_delta: bool = False,
         **options: Unpack[_DeepLiftOptions],
     ) -> None:
-        lifting = {name: options.pop(name) for name in ("epsilon", "on_missing") if name in options}  # type: ignore[misc]
-        super().__init__(module, target, wrt, n_steps=1, convergence_delta=convergence_delta, **options)
-        self._lift(**({"epsilon": 1e-10, "on_missing": "raise"} | lifting))
+        given: Any = dict(options)
+        epsilon, on_missing = given.pop("epsilon", 1e-10), given.pop("on_missing", "raise")
+        super().__init__(module, target, wrt, n_steps=1, convergence_delta=convergence_delta, **given)
+        self._lift(epsilon, on_missing)
         if not isinstance(baselines, TensorDictBase):
             fix = "TensorDict(observation=rows, batch_size=[len(rows)])"
             raise BadType("not rows of baselines", got=type(baselines).__name__, needed="a TensorDict", fix=fix)

@@ -215,8 +215,8 @@ def bias_of(layer: nn.Module, value: Tensor, given: Tensor | None, lead: int) ->
         if layer.training or layer.running_mean is None or layer.running_var is None:
             raise BadValue("a batch norm takes the statistics of the batch", got="training mode", fix="model.eval()")
         scale = (layer.running_var + layer.eps).rsqrt() * (1.0 if layer.weight is None else layer.weight)
-        bias = -layer.running_mean * scale + (0.0 if layer.bias is None else layer.bias)
-        return bias.reshape(-1, *[1] * (row - 1)).to(value.dtype).expand(value.shape)
+        shift = -layer.running_mean * scale + (0.0 if layer.bias is None else layer.bias)
+        return shift.reshape(-1, *[1] * (row - 1)).to(value.dtype).expand(value.shape)
     if isinstance(layer, _WEIGHTED):
         bias = layer.bias
         assert isinstance(bias, Tensor)

@@ -192,7 +192,7 @@ class GuidedGradCAM(Replaceable, TensorDictModuleBase):
             raise BadValue("guided Grad-CAM is taken to inputs", got=f"wrt={wrt!r}", needed=needed)
         if mode not in _MODES:
             raise BadValue("no such way to resize", got=f"mode={mode!r}", needed=f"one of {list(_MODES)}")
-        own = {name: options[name] for name in ("chunk_size", "create_graph") if name in options}  # type: ignore[literal-required]
+        own: dict[str, Any] = {k: v for k, v in options.items() if k in ("chunk_size", "create_graph")}
         self._map = Explaining(module, target, Site.parse(site), own)
         self.module, self.channels, self.mode, self.on_missing = module, channels, mode, missing
         self.in_keys = list(dict.fromkeys([*this.in_keys, *self._map.in_keys]))

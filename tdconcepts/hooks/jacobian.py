@@ -60,8 +60,9 @@ def tangent(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Te
         >>> tangent(torch.relu, torch.tensor([-1.0, 2.0]))
         (tensor([0., 2.]), tensor([0., 2.]))
     """
-    value, pull = torch.func.vjp(function, x)  # twice backwards: torch's forward mode knows fewer functions
-    _, along = torch.func.vjp(lambda flow: pull(flow)[0], torch.zeros_like(value))
+    # twice backwards: torch's forward mode knows fewer functions
+    value, pull = torch.func.vjp(function, x)  # type: ignore[misc]
+    _, along = torch.func.vjp(lambda flow: pull(flow)[0], torch.zeros_like(value))  # type: ignore[misc]
     return value, along(x)[0]
 
 

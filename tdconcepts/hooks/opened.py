@@ -90,8 +90,8 @@ def _multi_head_attention(
     refuse_dropout("multi_head_attention_forward", dropout_p if given.get("training", True) else 0.0)
     single = query.ndim == 2
     parts = [t.unsqueeze(1) if single else t for t in (query, key, value)]
-    apart = [given.get(f"{name}_proj_weight") for name in "qkv"]
-    weights = apart if given.get("use_separate_proj_weight") else list(_thirds(in_proj_weight))
+    apart: list[Any] = [given.get(f"{name}_proj_weight") for name in "qkv"]
+    weights = apart if in_proj_weight is None or given.get("use_separate_proj_weight") else in_proj_weight.chunk(3)
     biases = [None] * 3 if in_proj_bias is None else list(in_proj_bias.chunk(3))
     projected = [F.linear(t, w, b) for t, w, b in zip(parts, weights, biases, strict=True)]
     q, k, v = (t.reshape(*t.shape[:2], num_heads, t.shape[-1] // num_heads).permute(1, 2, 0, 3) for t in projected)
@@ -202,11 +202,6 @@ def refuse_dropout(name: str, p: float) -> None:
 def _affine(value: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     value = value if weight is None else value * weight
     return value if bias is None else value + bias
-
-
-def _thirds(weight: Tensor | None) -> tuple[Tensor, ...]:
-    assert weight is not None
-    return weight.chunk(3)
 
 
 def _causal(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -160,13 +160,16 @@ class References:
         reference, point = _Tape(deep), _Tape(True) if deep else None
         with torch.enable_grad() if is_compiling() else differentiable():
             points = {w: start.clone() for w, start in starts.items()}  # an in-place operation may follow
-            pullback.evaluate(td, {**points, _TAPE: reference}, held, create_graph=True)
+            pullback.evaluate(td, points | _with(reference), held, create_graph=True)
             if point is not None:
-                pullback.evaluate(td, {_TAPE: point}, held, create_graph=True)
-            meeting: Any = _Meeting(reference, point)
-            pulled = pullback(td, {_TAPE: meeting}, **how)
+                pullback.evaluate(td, _with(point), held, create_graph=True)
+            pulled = pullback(td, _with(_Meeting(reference, point)), **how)
         reference.done()
         return pulled
+
+
+def _with(tape: Any) -> dict[Wrt, Tensor]:
+    return {_TAPE: tape}
 
 
 class _Compare:
