@@ -6,13 +6,14 @@ from tdconcepts.perturbation.masks import Along, Grid
 from tdconcepts.perturbation.permutation import FeaturePermutation
 from tdconcepts.perturbation.perturbing import Perturbed
 from tdconcepts.perturbation.shapley import ShapleyExact, ShapleySampling
-from tdconcepts.perturbation.surrogate import KernelShap, Lime
+from tdconcepts.perturbation.surrogate import Fitted, KernelShap, Lime
 
 __all__ = [
     "Along",
     "Blur",
     "FeatureAblation",
     "FeaturePermutation",
+    "Fitted",
     "Grid",
     "KernelShap",
     "Lime",

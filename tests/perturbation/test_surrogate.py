@@ -105,7 +105,43 @@ def test_lime_is_a_weighted_ridge_regression(net, batch, width, alpha):
     torch.testing.assert_close(found, torch.tensor(fit.coef_))
 
 
+@pytest.mark.parametrize(("width", "alpha"), [(0.25, 0.001), (1.0, 0.01), (1.0, 0.0)])
+@pytest.mark.parametrize("target", [1, [1, 0]])
+def test_lime_is_a_weighted_lasso(net, batch, width, alpha, target):
+    linear = pytest.importorskip("sklearn.linear_model")
+    td, options = batch(3), {"n_samples": 30, "kernel_width": width, "alpha": alpha, "penalty": "l1"}
+    explain = Lime(net, Target("logits", target), generator=seeded(), **options)
+    found = explain(td.copy())["attribution", "x"]
+    kept = explain.replace(generator=seeded())._design(4).kept
+    cosine = torch.nn.functional.cosine_similarity(kept.double(), torch.ones(1, 4).double(), dim=-1)
+    weights = torch.exp(-((1 - cosine) ** 2) / (2 * width**2)).numpy()
+    model = linear.Lasso(alpha, tol=1e-14, max_iter=100_000) if alpha else linear.LinearRegression()
+    values = coalition_values(net, td, kept)
+    fits = [torch.tensor(model.fit(kept.double(), one, sample_weight=weights).coef_) for one in values.T]
+    torch.testing.assert_close(found[:, 0] if isinstance(target, list) else found, torch.stack(fits))
+    if alpha == 0.01:
+        assert (found == 0).any()
+        assert (found != 0).any()
+
+
+def test_the_lasso_has_a_derivative(net, batch):
+    td = batch(2)
+
+    def scores(x):
+        explain = Lime(
+            net, Target("logits", 1), n_samples=20, alpha=0.002, generator=seeded(), penalty="l1", create_graph=True
+        )
+        return explain(td.copy().set("x", x))["attribution", "x"]
+
+    x = td["x"].requires_grad_()
+    assert scores(x).requires_grad
+    torch.testing.assert_close(scores(x).detach(), scores(x.detach()))
+    assert torch.autograd.gradcheck(scores, x)
+
+
 def test_bad_input(net):
+    with pytest.raises(BadValue, match="no such penalty"):
+        Lime(net, Target("logits", 0), penalty="l3")
     with pytest.raises(BadValue, match="number of samples"):
         KernelShap(net, Target("logits", 0), n_samples=0)
     with pytest.raises(BadValue, match="not a width"):
