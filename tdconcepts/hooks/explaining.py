@@ -23,6 +23,7 @@ from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, check_writable, join
 __all__ = ["HELD", "Explaining", "Options", "Running", "check_options", "check_running", "finite"]
 
 T = TypeVar("T")
+_FEW = 8  # targets
 
 HELD = "held target"  # one flat key: where a wrapper tells its explainer which index "argmax" chose at the clean input
 
@@ -166,8 +167,9 @@ class Explaining:
         return tracked(pieces, self.progress, what) if self.progress else pieces
 
     def width(self, td: TensorDictBase) -> int:
-        """How many targets are pulled back at once within ``chunk_size``, or a choice."""
-        return max(1, self.rows(td, self.in_keys) // max(1, td.numel()))
+        """How many targets are pulled back at once within ``chunk_size``, or a choice: few are faster one by one."""
+        width = max(1, self.rows(td, self.in_keys) // max(1, td.numel()))
+        return width if self.chunk_size is not None or width >= _FEW else 1
 
     def written(self, outputs: TensorDictBase) -> dict[NestedKey, Tensor]:
         """The module's own outputs, where they are wanted."""
