@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Target
+from tdconcepts.hooks.flows import backward_by
 from tdconcepts.lrp.conditions import which
 
 __all__ = ["Started"]
@@ -54,15 +55,12 @@ class Started(Target):
         """The relevance to start with, ``[*B]`` and False, or ``[*B, T]`` and True."""
         this = vars(self)
         values, several = this["target"].read(value, td, lead, held)
-        fixed = values.detach()
         if this["start"] == "value":
-            start, flow = fixed, fixed if this["relevance"] else None
+            values = backward_by(_times, values, [values]) if this["relevance"] else values
+        elif this["relevance"]:
+            values = backward_by(_same, torch.ones_like(values), [values], keep=False)
         else:
-            start = torch.ones_like(fixed) if this["relevance"] else (fixed != 0).to(fixed.dtype)
-            flow = None if this["relevance"] else start / torch.where(fixed == 0, 1.0, fixed)
-        if start is not fixed or flow is not None:
-            change = values - fixed
-            values = start + (change if flow is None else change * flow)
+            values = backward_by(_over, (values != 0).to(values.dtype), [values])
         one = which()
         if one is None:
             return values, several
@@ -74,3 +72,15 @@ class Started(Target):
                 fix="one explainer for each target",
             )
         return one.spread(values), True
+
+
+def _same(flow: Tensor) -> tuple[Tensor]:
+    return (flow,)
+
+
+def _times(flow: Tensor, y: Tensor) -> tuple[Tensor]:
+    return (flow * y,)
+
+
+def _over(flow: Tensor, y: Tensor) -> tuple[Tensor]:
+    return (torch.where(y == 0, 0.0, flow / torch.where(y == 0, 1.0, y)),)
