@@ -112,8 +112,10 @@ def mask_key(masks: Masks, name: NestedKey) -> NestedKey | None:
 
 def keyed_groups(masks: Masks, names: Sequence[NestedKey], td: TensorDictBase) -> Tensor:
     """All numbers of groups in the masks that are entries of ``td``, so that pieces of it number them alike."""
-    keys = [key for name in names if (key := mask_key(masks, name)) is not None]
-    found = [value.flatten().long() for key in keys if isinstance(value := td.get(key), Tensor)]
+    if masks is None:
+        return torch.zeros(0, dtype=torch.long)
+    values = [td.get(key) for key in (mask_key(masks, name) for name in names) if key is not None]
+    found = [value.flatten().long() for value in values if isinstance(value, Tensor)]
     return torch.cat(found).unique() if found else torch.zeros(0, dtype=torch.long)
 
 
@@ -156,7 +158,8 @@ def numbered(
         except RuntimeError:
             needed = f"a shape that broadcasts to the row's {list(row)}"
             raise BadValue(f"the mask of {name!r} has another shape", got=f"{list(rest)}", needed=needed) from None
-    count, found = 0, dict[Wrt, Tensor]()
+    count = 0
+    found: dict[Wrt, Tensor] = {}
     if raw:
         known = torch.cat([also.cpu(), *(ids.flatten().cpu() for ids in raw.values())])
         groups = known[known >= 0].unique()

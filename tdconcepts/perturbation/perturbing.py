@@ -128,7 +128,7 @@ class Game:
         names = dict(zip(path.wrt, path.names, strict=True))
         given = owner.baseline
         self.rows = {w: background(given, names[w], end, lead) for w, end in self.ends.items()}
-        self.copies = max((len(rows) for rows in self.rows.values() if rows is not None), default=1)
+        self.copies = max([1, *(len(rows) for rows in self.rows.values() if rows is not None)])
         self.starts = {w: start(given, names[w], end, td) for w, end in self.ends.items() if self.rows[w] is None}
         self.ids, self.count = numbered(owner.mask, self.ends, td, also)
         self.device = next(iter(self.ends.values())).device

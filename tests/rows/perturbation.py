@@ -2,7 +2,7 @@
 
 import torch
 from tensordict import TensorDict
-from world import DATA_DEPENDENT, GENERATOR, GROUPS, argmax, explainer
+from world import GENERATOR, GROUPS, argmax, explainer
 
 from tdconcepts import Site, Target
 from tdconcepts.perturbation import (
@@ -20,12 +20,10 @@ ROWS = [
         "FeatureAblation",
         lambda w: FeatureAblation(w.model, argmax(w), [w("observation"), Site("0.1")], **w.chunk),
         "0.1",
-        compiled=DATA_DEPENDENT,
     ),
     explainer(
         "Occlusion with outputs",
         lambda w: Occlusion(w.model, argmax(w), window=2, outputs=True, **w.chunk),
-        compiled=DATA_DEPENDENT,
     ),
     explainer(
         "FeaturePermutation",
@@ -40,7 +38,7 @@ ROWS = [
         ),
         compiled=GENERATOR,
     ),
-    explainer("ShapleyExact", lambda w: ShapleyExact(w.model, argmax(w), **w.chunk), compiled=DATA_DEPENDENT),
+    explainer("ShapleyExact", lambda w: ShapleyExact(w.model, argmax(w), **w.chunk)),
     explainer(
         "KernelShap from rows",
         lambda w: KernelShap(
