@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import torch  # noqa: F401 - the examples use it
 from torch import Tensor
 
 from tdconcepts.hooks.flows import backward_by, depends, overwritable
