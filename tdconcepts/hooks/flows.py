@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from tdconcepts.hooks.twice import ByFormulaOnce, now
+
 __all__ = [
     "backward_by",
     "by_formula",
@@ -84,7 +86,10 @@ def backward_by(
     if is_compiling():  # which can't trace one tensor given twice
         given = [t.clone() if any(t is other for other in given[:i]) else t for i, t in enumerate(given)]
     elif not torch._C._are_functorch_transforms_active():
-        kind = _ByFormulaAtOnce
+        kind, one = _ByFormulaAtOnce, now()
+        if one is not None:
+            twice: Tensor = ByFormulaOnce.apply(one, formula, len(inputs), keep, value, *given)  # type: ignore[no-untyped-call]
+            return twice
     found: Tensor = kind.apply(formula, len(inputs), keep, value.detach(), *given)
     return found
 
@@ -115,9 +120,10 @@ def by_formula(node: Any) -> bool:
     return type(node) in _NODES
 
 
-_NODES = (_ByFormula._backward_cls, _ByFormulaAtOnce._backward_cls)  # type: ignore[attr-defined]
+_NODES = tuple(kind._backward_cls for kind in (_ByFormula, _ByFormulaAtOnce, ByFormulaOnce))  # type: ignore[attr-defined]
 
 
+@torch.compiler.assume_constant_result  # else each entry of the table would be a guard of what is compiled
 def operation_name(func: Callable[..., Any]) -> str:
     """The one name of an operation: of ``torch.mul``, ``Tensor.mul_``, ``x * y`` and ``x *= y`` it is ``"mul"``.
 
@@ -147,7 +153,7 @@ _SAME = {
     "bmm": "matmul",
     "mm": "matmul",
 }
-_SPELLINGS = {name: _spelling(name) for name in (*dir(torch.Tensor), *dir(torch))}  # torch.compile can look these up
+_SPELLINGS = {name: _spelling(name) for name in (*dir(torch.Tensor), *dir(torch))}
 _INPLACE = frozenset(
     name
     for name in dir(torch.Tensor)
@@ -231,6 +237,7 @@ def changed(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     return tree
 
 
+@torch.compiler.assume_constant_result
 def is_inplace(func: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument: ``x.mul_(y)``, ``x *= y``."""
     return getattr(func, "__name__", "") in _INPLACE
