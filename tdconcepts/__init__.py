@@ -1,6 +1,6 @@
 """TensorDict-native hooks for interpretability: explain, intervene, experiment."""
 
-from tdconcepts import concepts, experiments, lrp, perturbation, rl
+from tdconcepts import concepts, experiments, lrp, perturbation, representations, rl, weights
 from tdconcepts.attribution import (
     Absolute,
     AttentionRollout,
@@ -51,6 +51,7 @@ from tdconcepts.hooks import (
     Add,
     Capture,
     Patch,
+    RemoveDirection,
     Replace,
     Scale,
     Site,
@@ -88,15 +89,30 @@ from tdconcepts.perturbation import (
     ShapleyExact,
     ShapleySampling,
 )
+from tdconcepts.representations import (
+    CKA,
+    TCAV,
+    ActivationMaximisation,
+    BilinearProbe,
+    LinearProbe,
+    LogisticProbe,
+    MassMeanProbe,
+    SteeringVector,
+    TwoNN,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CKA",
     "LRP",
+    "TCAV",
     "Ablate",
     "Absolute",
+    "ActivationMaximisation",
     "Add",
     "AttentionRollout",
+    "BilinearProbe",
     "Capture",
     "ConceptBottleneck",
     "Conductance",
@@ -128,6 +144,9 @@ __all__ = [
     "LayerIntegratedGradients",
     "LearnedPolicy",
     "Lime",
+    "LinearProbe",
+    "LogisticProbe",
+    "MassMeanProbe",
     "MemorySelector",
     "NeuronConductance",
     "NeuronGradient",
@@ -139,6 +158,7 @@ __all__ = [
     "Patch",
     "PositiveWeights",
     "RandomPolicy",
+    "RemoveDirection",
     "Replace",
     "Resample",
     "Saliency",
@@ -149,6 +169,7 @@ __all__ = [
     "Site",
     "SmoothGrad",
     "SmoothGradSquared",
+    "SteeringVector",
     "Steps",
     "Summed",
     "Sweep",
@@ -156,6 +177,7 @@ __all__ = [
     "TdConceptsError",
     "TimesInput",
     "TransformerAttribution",
+    "TwoNN",
     "UncertaintyPolicy",
     "UniformPolicy",
     "VarGrad",
@@ -175,5 +197,7 @@ __all__ = [
     "patch",
     "path_patching",
     "perturbation",
+    "representations",
     "rl",
+    "weights",
 ]

@@ -139,11 +139,13 @@ class BilinearProbe(Probe):
             parts = [merged([*parts, part])]
             shape = (a.shape[-1], b.shape[-1], y.shape[-1])
         m = merged(parts)
-        weight = solve_ridge(m.scatter, m.cross, self.ridge)  # type: ignore[arg-type]
-        return Fitted(weight.view(shape), m.label_mean - m.mean @ weight, m.mean.view(shape[:2]))
+        label_mean, cross, _ = m.labels
+        weight = solve_ridge(m.scatter, cross, self.ridge)
+        return Fitted(weight.view(shape), label_mean - m.mean @ weight, m.mean.view(shape[:2]))
 
     def _low(self, read: Pieces, rank: int) -> Fitted:
-        count, sums = 0, []
+        count = 0
+        sums: list[Tensor] = []
         for a, b, y in read():
             count += len(y)
             here = (torch.einsum("na,nb,nk->kab", a, b, y), torch.einsum("na,nb->ab", a, b), y.sum(0))
@@ -173,9 +175,10 @@ class BilinearProbe(Probe):
             z = torch.einsum("na,nb,kbr->knar", free, held, factor).flatten(2)
             parts = [merged([*parts, Moments.of(z, y.mT.unsqueeze(-1))])]
         [m] = parts
-        solved = solve_ridge(m.scatter, m.cross, self.ridge)  # type: ignore[arg-type]
-        bias = (m.label_mean - (m.mean.unsqueeze(-2) @ solved).squeeze(-2)).squeeze(-1)
-        error = (m.label_scatter - m.cross.mT @ solved).flatten()  # type: ignore[union-attr, operator]
+        label_mean, cross, label_scatter = m.labels
+        solved = solve_ridge(m.scatter, cross, self.ridge)
+        bias = (label_mean - (m.mean.unsqueeze(-2) @ solved).squeeze(-2)).squeeze(-1)
+        error = (label_scatter - cross.mT @ solved).flatten()
         return solved.view(len(factor), -1, factor.shape[-1]), bias, error
 
 

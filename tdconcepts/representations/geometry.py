@@ -95,7 +95,7 @@ def information_imbalance(x: Tensor, y: Tensor, k: int = 1) -> Tensor:
     check_count(x, k + 2, f"{k} neighbours")
     n = x.shape[-2]
     _, place = neighbours(x, k)
-    total: Tensor | None = None
+    total = torch.zeros(x.shape[:-2], dtype=y.dtype, device=y.device)
     y = y - y.mean(-2, keepdim=True)
     for some, square in squared(y):
         here = torch.arange(some.start, some.stop, device=y.device)
@@ -103,10 +103,8 @@ def information_imbalance(x: Tensor, y: Tensor, k: int = 1) -> Tensor:
         theirs = square.gather(-1, place[..., some, :])
         order = square.sort(dim=-1).values
         rank = torch.searchsorted(order, theirs.contiguous(), right=False) + 1
-        part = rank.to(y.dtype).sum((-2, -1))
-        total = part if total is None else total + part
-    mean = total / (n * k)  # type: ignore[operator]
-    return 2.0 / n * mean
+        total += rank.to(y.dtype).sum((-2, -1))
+    return 2.0 / n * total / (n * k)
 
 
 class RSA(Pairing, SetStage):

@@ -61,8 +61,9 @@ class LinearProbe(Probe):
         sets: list[dict[int, Fitted]] = [{} for _ in range(max(1, folds))]
         for group, moments in moments_of(stream, folds):
             for found, m in zip(sets, moments, strict=True):
-                weight = solve_ridge(m.scatter, m.cross, self.ridge)  # type: ignore[arg-type]
-                bias = m.label_mean - (m.mean.unsqueeze(-2) @ weight).squeeze(-2)
+                label_mean, cross, _ = m.labels
+                weight = solve_ridge(m.scatter, cross, self.ridge)
+                bias = label_mean - (m.mean.unsqueeze(-2) @ weight).squeeze(-2)
                 found |= {i: Fitted(weight[s], bias[s], m.mean[s]) for s, i in enumerate(group)}
         return [[found[i] for i in range(len(self.keys))] for found in sets]
 
@@ -130,12 +131,13 @@ class MassMeanProbe(Probe):
         sets: list[dict[int, Fitted]] = [{} for _ in range(max(1, folds))]
         for group, moments in moments_of(stream, folds):
             for found, m in zip(sets, moments, strict=True):
-                n, share = m.count, m.label_mean
+                share, cross, _ = m.labels
+                n = m.count
                 between = n * share * (1.0 - share)  # n1 n0 / n
                 if not bool((between > 0).all()):
                     empty = (~(between > 0)).nonzero()[0].tolist()
                     raise BadValue("a class has no rows", got=f"label {empty}: one class only", needed="both classes")
-                theta = m.cross / between.unsqueeze(-2)  # type: ignore[operator]
+                theta = cross / between.unsqueeze(-2)
                 middle = m.mean.unsqueeze(-1) + (0.5 - share).unsqueeze(-2) * theta
                 weight = self._whitened(m.scatter, theta, between, n) if self.whiten else theta
                 bias = -(weight * middle).sum(-2)

@@ -204,7 +204,9 @@ class _Problem:
     def __init__(self, read: Read, ridge: float, classes: int | None) -> None:
         self.read, self.ridge, self.classes = read, ridge, classes
         parts: list[Moments] = []
-        counts, said, total = [], [], []
+        counts: list[Tensor] = []
+        said: list[Tensor] = []
+        total: list[Tensor] = []
         for rows in read():
             parts = [merged([*parts, Moments.of(rows.x)])]
             onehot = _onehot(rows.y, classes or 2).unsqueeze(1) * rows.weight[..., None, None]  # [N, G, K, C]
@@ -214,7 +216,7 @@ class _Problem:
             said.append((rows.x.mT @ kept.flatten(1)).unflatten(-1, self.shape))
             total.append(kept.sum(0))
         [m] = parts
-        empty = (sum(counts) > 0).sum(-1) < 2  # type: ignore[attr-defined]
+        empty = (torch.stack(counts).sum(0) > 0).sum(-1) < 2
         if bool(empty.any()):
             fold, label = empty.nonzero()[0].tolist()
             raise BadValue(
@@ -224,7 +226,8 @@ class _Problem:
                 fix="more rows, or fewer folds",
             )
         self.mean = m.mean
-        self.said = self._centred(sum(said), sum(total).expand(len(m.mean), *self.shape))  # type: ignore[union-attr, arg-type]
+        everywhere = torch.stack(total).sum(0).expand(len(m.mean), *self.shape)
+        self.said = self._centred(torch.stack(said).sum(0), everywhere)
         bound = 0.5 if classes else 0.25
         eye = torch.eye(m.scatter.shape[-1], dtype=m.scatter.dtype, device=m.scatter.device)
         self.factor = torch.linalg.cholesky(bound * m.scatter + ridge * eye)

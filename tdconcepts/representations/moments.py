@@ -70,6 +70,17 @@ class Moments:
         y = y - label_mean.unsqueeze(-2)
         return cls(count, mean, scatter, label_mean, x.mT @ y, y.mT @ y)
 
+    @property
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``label_mean``, ``cross`` and ``label_scatter``, where there is a second block.
+
+        Raises:
+            BadValue: otherwise.
+        """
+        if self.label_mean is None or self.cross is None or self.label_scatter is None:
+            raise BadValue("these moments have one block", got="x alone", needed="Moments.of(x, y)")
+        return self.label_mean, self.cross, self.label_scatter
+
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
@@ -87,10 +98,11 @@ class Moments:
         scatter = self.scatter + other.scatter + weight * _outer(step, step)
         if self.cross is None:
             return Moments(count, mean, scatter)
-        label_step = other.label_mean - self.label_mean  # type: ignore[operator]
-        cross = self.cross + other.cross + weight * _outer(step, label_step)
-        label_scatter = self.label_scatter + other.label_scatter + weight * _outer(label_step, label_step)  # type: ignore[operator]
-        return Moments(count, mean, scatter, self.label_mean + share * label_step, cross, label_scatter)
+        (label_mean, cross, label_scatter), others = self.labels, other.labels
+        label_step = others[0] - label_mean
+        cross = cross + others[1] + weight * _outer(step, label_step)
+        label_scatter = label_scatter + others[2] + weight * _outer(label_step, label_step)
+        return Moments(count, mean, scatter, label_mean + share * label_step, cross, label_scatter)
 
     def covariance(self, correction: int = 1) -> Tensor:
         """``scatter / (n - correction)``, ``[*S, F, F]``."""

@@ -153,18 +153,13 @@ def score(probe: Probe, data: Data, *, mask: NestedKey | None = None) -> TensorD
     """
     reader = Reader(probe.keys_read, probe.label, mask)
     table = _table(reader, data, None, None, probe)
-    everything = torch.zeros(len(table.y), dtype=torch.long)
     lead = 2 if len(probe.sources(0)) > 1 else 1
 
     def widened(one: Fitted) -> Fitted:
         return one if reader.vector else Fitted(one.weight.unsqueeze(lead), one.bias.unsqueeze(0), one.mean)
 
     sets = [[widened(probe.of(key)) for key in probe.keys]]
-
-    def deal(rows: Rows) -> Rows:
-        return Rows(rows.x, rows.y, rows.start, everything[: len(rows.y)].to(rows.y.device))
-
-    stream = Stream(reader, data, "a score", probe.check_labels).changed(deal)
+    stream = Stream(reader, data, "a score", probe.check_labels)
     missed = _missed(probe, stream, sets)[0]
     if probe.classifies:
         found = 1.0 - missed / len(table.y)
@@ -267,7 +262,8 @@ def _missed(probe: Probe, stream: Stream, sets: list[list[Fitted]]) -> Tensor:
     """For each fold, entry and label the squared error, or the number of wrong classes: ``[folds, S, K]``."""
     found: Tensor | None = None
     for rows in stream():
-        here = [rows.only(rows.fold == fold) for fold in range(len(sets))]
+        assigned = torch.zeros_like(rows.y[:, 0]) if rows.fold is None else rows.fold
+        here = [rows.only(assigned == fold) for fold in range(len(sets))]
         part = torch.stack(
             [
                 torch.stack([_errors(probe, some, i, one) for i, one in enumerate(fitted)])

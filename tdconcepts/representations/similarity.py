@@ -89,9 +89,7 @@ def canonical_correlations(moments: Moments, variance: float | None = None) -> t
     Returns:
         ``[..., m]`` each, largest first; where a set has fewer the rest is zero.
     """
-    cross, label = moments.cross, moments.label_scatter
-    assert cross is not None
-    assert label is not None
+    _, cross, label = moments.labels
     white_x, white_y = _whitened(moments.scatter, variance), _whitened(label, variance)
     u, rho, _ = torch.linalg.svd(white_x.mT @ cross @ white_y, full_matrices=False)
     directions = moments.scatter @ (white_x @ u)  # <h_i, x_j> for unit h_i
@@ -213,13 +211,13 @@ class CKA(Pairing, SetStage):
         if self.within:
             raise BadType("sets within rows fit", got="within=True", needed="a call for each TensorDict")
         if self.kernel == "linear" and not self.unbiased:
-            crossed = {}
+            crossed: dict[tuple[NestedKey, NestedKey], Moments] = {}
             for td in batches(data):
                 sets = self.sets(td)
                 for pair in self._pairs():
                     part = Moments.of(sets[pair[0]], sets[pair[1]])
                     crossed[pair] = merged([*([crossed[pair]] if pair in crossed else []), part])
-            found = {pair: m.cross.square().sum((-2, -1)) for pair, m in crossed.items()}  # type: ignore[union-attr]
+            found = {pair: m.labels[1].square().sum((-2, -1)) for pair, m in crossed.items()}
         else:
             totals: dict[tuple[NestedKey, NestedKey], Tensor] = {}
             for td in batches(data):
@@ -312,7 +310,8 @@ class CCA(Pairing, SetStage):
         return table if self.several else table[0, 0]
 
     def _one(self, m: Moments) -> Tensor:
-        width = max(m.mean.shape[-1], m.label_mean.shape[-1])  # type: ignore[union-attr]
+        label_mean, _, label_scatter = m.labels
+        width = max(m.mean.shape[-1], label_mean.shape[-1])
         if self.variance is None and m.count <= width:
             raise BadValue(
                 "too few points for canonical correlations: they would all be 1",
@@ -323,7 +322,7 @@ class CCA(Pairing, SetStage):
         rho, weight = canonical_correlations(m, self.variance)
         if self.weighting == "projection":
             return (rho * weight).sum(-1)
-        axes = [_kept(block, self.variance).sum(-1) for block in (m.scatter, m.label_scatter)]
+        axes = [_kept(block, self.variance).sum(-1) for block in (m.scatter, label_scatter)]
         return rho.sum(-1) / torch.minimum(*axes)
 
 

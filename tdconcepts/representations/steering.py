@@ -209,10 +209,10 @@ class SteeringVector(Learned, TensorDictModuleBase):
             lengths = [a + b for a, b in zip(lengths, far, strict=True)] if lengths else far
         found = []
         for m, total in zip(parts, lengths, strict=True):
-            share = m.label_mean  # type: ignore[assignment]
-            if m.count == 0 or not bool(0 < share < 1):  # type: ignore[operator]
+            share, cross, _ = m.labels
+            if m.count == 0 or not 0 < float(share) < 1:
                 raise BadValue("there is one kind of rows only", got=f"{m.count} rows", needed="rows of 0 and of 1")
-            step = (m.cross / (m.count * share * (1 - share))).squeeze(-1)  # type: ignore[operator]
+            step = (cross / (m.count * share * (1 - share))).squeeze(-1)
             found.append((step, m.mean, total / m.count, step))
         if not found:
             raise BadValue("no data", got="an empty stream", needed="one TensorDict or more")

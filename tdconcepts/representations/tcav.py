@@ -192,7 +192,8 @@ class TCAV(Learned, TensorDictModuleBase):
             for field, value in zip(fields, values, strict=True):
                 field[key] = value
         found = [_entries(field) for field in fields]
-        return TCAVScores(*found, self.concepts or tuple(map(str, range(score.shape[-2]))))
+        concepts = self.concepts or tuple(map(str, range(score.shape[-2])))
+        return TCAVScores(found[0], found[1], found[2], found[3], found[4], concepts)
 
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         this = self._explaining
@@ -240,8 +241,11 @@ class TCAV(Learned, TensorDictModuleBase):
         return self._solved(Weighed(torch.cat([x, rest]).unsqueeze(0), y, weight))
 
     def _solved(self, rows: Weighed) -> Tensor:
-        weight, _, _ = logistic([rows].__iter__, self.ridge)
-        weight = weight[0].flatten(1).T
+        x = rows.x[0]
+        basis = torch.linalg.qr(x.T).Q if x.shape[1] > x.shape[0] else None  # the weights lie in the span of the rows
+        x = x if basis is None else x @ basis
+        weight = logistic([Weighed(x.unsqueeze(0), rows.y, rows.weight)].__iter__, self.ridge)[0][0].flatten(1)
+        weight = (weight if basis is None else basis @ weight).T
         return weight / weight.norm(dim=-1, keepdim=True).clamp(min=1e-300)
 
 
@@ -258,7 +262,7 @@ def welch(a: Tensor, b: Tensor) -> Tensor:
     each = [x.var(-1) / x.shape[-1] for x in (a, b)]
     total = each[0] + each[1]
     t = (a.mean(-1) - b.mean(-1)).abs()
-    df = total.square() / sum(v.square() / (x.shape[-1] - 1) for v, x in zip(each, (a, b), strict=True))  # type: ignore[operator]
+    df = total.square() / (each[0].square() / (a.shape[-1] - 1) + each[1].square() / (b.shape[-1] - 1))
     shape = total.expand(torch.broadcast_shapes(t.shape, total.shape)).shape
     flat = [x.expand(shape).reshape(-1).tolist() for x in (t, total, df)]
     found = [_two_sided(*row) for row in zip(*flat, strict=True)]

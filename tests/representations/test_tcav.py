@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.errors import BadType, BadValue
@@ -82,8 +82,7 @@ def test_sites_of_any_shape_and_entries():
     torch.manual_seed(0)
     body = TensorDictModule(nn.Conv2d(1, 2, 3), ["image"], ["map"])
     head = TensorDictModule(nn.Sequential(nn.Flatten(), nn.Linear(18, 2)), ["map"], ["y"])
-    net = nn.ModuleList([body, head])
-    net = __import__("tensordict").nn.TensorDictSequential(*net)
+    net = TensorDictSequential(body, head)
     td = TensorDict(image=torch.randn(20, 1, 5, 5), batch_size=[20])
     tcav = TCAV(net, Target("y", 1), ["map", Site("0")], 3).fit({"a": td[:8]}, random=td[8:])
     found = tcav(td.clone())
@@ -101,6 +100,19 @@ def test_welch_is_scipys():
         torch.testing.assert_close(welch(a, b), torch.from_numpy(expected), atol=1e-10, rtol=1e-6)
     assert welch(torch.ones(3), torch.ones(4)) == 1.0
     assert welch(torch.ones(3), torch.zeros(4)) == 0.0
+
+
+def test_more_units_than_examples_have_the_same_vectors():
+    torch.manual_seed(0)
+    wide = torch.linalg.qr(torch.randn(50, 50).double()).Q[:4]
+
+    def fit(site, grow):
+        body = TensorDictModule(grow, ["x"], ["wide"])
+        model = TensorDictSequential(body, TensorDictModule(nn.Linear(site, 2).double(), ["wide"], ["y"]))
+        tcav = TCAV(model, Target("y", 0), "wide", 3, generator=torch.Generator().manual_seed(1))
+        return tcav.fit({"a": draw(2.0, n=6)}, random=draw(n=8, seed=4)).kept(0)[0]
+
+    torch.testing.assert_close(fit(50, lambda x: x @ wide), fit(4, lambda x: x) @ wide, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
