@@ -14,6 +14,7 @@ from tdconcepts.hooks import Options, Site, Target, dispatch_rows
 from tdconcepts.hooks.explaining import Explaining, check_options
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.rules import Convention, Rule
+from tdconcepts.hooks.twice import differentiable_once_more
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, join
 from tdconcepts.lrp.boundary import nonzero
 from tdconcepts.lrp.composites import Composite
@@ -141,7 +142,7 @@ class LRP(Replaceable, TensorDictModuleBase):
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         this, by_point = self._explaining, self.convention == "gradient"
         width = this.width(td) if self.report is None else 1  # the report adds up numbers, one target after the other
-        with self._conditions.acting():
+        with self._conditions.acting(), differentiable_once_more(this.create_graph):
             pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=width)
         several = pulled.values.ndim > td.batch_dims
         results: dict[NestedKey, Tensor] = {}
