@@ -112,8 +112,8 @@ class TransformerOptions(Options, total=False):
     """The options of :class:`TransformerAttribution`, besides those of every explainer.
 
     Args:
-        relevance: a composite of LRP rules, whose relevance of the attention weights is taken. It must leave the modules
-            that attend without a rule of their own: so with ``AttnLRP()`` for Hugging Face's, not for torch's.
+        relevance: a composite of LRP rules, whose relevance of the attention weights is taken. It must leave the
+            modules that attend without a rule of their own: ``AttnLRP()`` does for Hugging Face's, not for torch's.
     """
 
     relevance: Any

@@ -171,8 +171,8 @@ def _forward(
             "the model has no attention weights",
             got="no softmax whose result is multiplied with values",
             needed="attention: nn.MultiheadAttention, scaled_dot_product_attention, or softmax(...) @ values",
-            fix="attention in a kernel of one's own, or inside a module that has a rule, can't be seen; for Hugging Face "
-            "take attn_implementation='eager'",
+            fix="attention in a kernel of one's own, or inside a module that has a rule, can't be seen; Hugging Face: "
+            "attn_implementation='eager'",
         )
     if not gradients:
         return work, None, False
