@@ -23,6 +23,7 @@ from tdconcepts.rl.sverl import Hidden, Sverl, sverl_outcome
 from tdconcepts.rl.targets import advantage, chosen_value, contrast, entropy, log_prob, probability, state_value
 from tdconcepts.rl.temporal import TemporalProbe
 from tdconcepts.rl.times import at_time
+from tdconcepts.rl.toys import lstm_recall, meeting_env, multiagent_meeting, recall_env
 from tdconcepts.rl.training import TrainedAgent, gym_envs
 
 __all__ = [
@@ -75,10 +76,14 @@ __all__ = [
     "gym_envs",
     "highlights",
     "log_prob",
+    "lstm_recall",
+    "meeting_env",
+    "multiagent_meeting",
     "object_saliency",
     "ppo_cartpole",
     "ppo_pendulum",
     "probability",
+    "recall_env",
     "restore_state",
     "return_curves",
     "rollout_episodes",

@@ -26,7 +26,7 @@ def test_the_best_is_kept():
         stops.append(keeper.look(frames, frames / 30, policy))
     assert stops == [False, True, False]
     agent = keeper.agent(seed=5)
-    assert float(agent.policy.weight) == 20
+    assert agent.policy.weight.item() == 20
     assert agent.policy is not policy
     assert (agent.critic, agent.seed, agent.frames, agent.mean_return) == (None, 5, 30, 6.0)
     assert agent.history[0] == {"frames": 10, "mean": 2.0, "min": 1.0}
