@@ -90,17 +90,19 @@ class Conductance(IntegratedGradients):
     def _along(self, path: Pullback, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         n, total, last = self.n_steps, None, None
         for leg in _walk(self, path, td, held, [i / n for i in range(n + 1)]):
-            value, gradient = leg.value, leg.gradient
+            value = leg.value.unsqueeze(1 + td.batch_dims) if leg.several else leg.value
+            part = _trapezia(value[:-1], value[1:], leg.gradient[:-1], leg.gradient[1:])
             if last is not None:
-                value, gradient = (
-                    torch.cat([before, now]) for before, now in zip(last, (value, gradient), strict=True)
-                )
-            last = value[-1:], gradient[-1:]
-            change = value.diff(dim=0)
-            change = change.unsqueeze(1 + td.batch_dims) if leg.several else change
-            part = (0.5 * (gradient[1:] + gradient[:-1]) * change).sum(0)
-            total = part if total is None else total + part
+                total = total + part + _trapezia(last[0], value[:1], last[1], leg.gradient[:1])
+            else:
+                total = part
+            last = value[-1:].clone(), leg.gradient[-1:].clone()
         return _written(self, path, total)
+
+
+def _trapezia(before: Tensor, after: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The areas between neighbouring points: how far the value goes, times the mean gradient, ``[n, ...]``, summed."""
+    return 0.5 * ((after - before) * (left + right)).sum(0)
 
 
 class InternalInfluence(IntegratedGradients):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from oracles import oracle
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts import IntegratedGradients, Site, Target
-from tdconcepts.attribution import Conductance, InternalInfluence, NeuronConductance
+from tdconcepts.attribution import Conductance, ExpectedGradients, InternalInfluence, NeuronConductance
 from tdconcepts.errors import BadType, BadValue
 
 
@@ -33,6 +34,28 @@ def test_conductance_is_complete_on_a_linear_net_for_any_number_of_steps(linear,
     first, last = linear.module
     moved = first(td["x"]) - first(torch.zeros(4).double())
     close(found, (moved * last.weight[1]).detach())
+
+
+@pytest.mark.parametrize(
+    "method", ["gausslegendre", "riemann_left", "riemann_right", "riemann_middle", "riemann_trapezoid"]
+)
+@pytest.mark.parametrize("n_steps", [1, 2, 5, 50])
+def test_the_other_paths_are_complete_on_a_linear_net_too(linear, batch, n_steps, method):
+    td, target = batch(3), Target("logits", 1)
+    first, _ = linear.module
+    moved = (first(td["x"]) - first(torch.zeros(4).double())).detach()
+    flow = InternalInfluence(linear, target, Site("0"), n_steps=n_steps, method=method)(td.copy())["attribution", "0"]
+    close((flow * moved).sum(-1), change(linear, td, 1))
+    if method == "gausslegendre":
+        each = [
+            NeuronConductance(linear, target, "0", i, n_steps=n_steps)(td.copy())["attribution", "x"] for i in range(5)
+        ]
+        close(sum(each).sum(-1), change(linear, td, 1))
+        rows = ExpectedGradients(
+            linear, target, baselines=TensorDict(x=torch.ones(1, 4), batch_size=[1]), n_samples=n_steps
+        )
+        found = rows(td.copy())["attribution", "x"].sum(-1)
+        close(found, (linear.module(td["x"]) - linear.module(torch.ones(3, 4).double()))[:, 1].detach())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
