@@ -32,7 +32,7 @@ def recall_env(num_envs: int = 16, *, delay: int = 6, seed: int | None = None) -
 
     ``observation`` ``[*B, 3]``: the cue (-1 or 1 at the first step, then 0), noise (standard normal), and whether this
     is the step that counts. ``is_init`` ``[*B, 1]``: whether it is the first. ``action`` ``[*B]``: 0 or 1. ``reward``
-    ``[*B, 1]``: 1 at the last step if the action is the cue's (1 for a positive cue), -1 if it isn't, else 0. An episode
+    ``[*B, 1]``: 1 at the last step if the action is the cue's (1 for a positive cue), -1 if not, else 0. An episode
     has ``delay + 2`` steps. The recurrent state of the reference agent is carried from step to step:
     ``"recurrent_state_h"`` and ``"recurrent_state_c"`` ``[*B, 1, 32]``.
 
