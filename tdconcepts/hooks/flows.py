@@ -173,12 +173,14 @@ def depends(value: Any) -> bool:
             return False
     node = value.grad_fn
     if node is None or type(node) in _NODES:
-        return True
+        return not getattr(node, "constant", False)
     nodes: list[Any] = [node]
     seen = 0
     while nodes and seen < 8:  # made of parameters, the graph is small: a weight's square, its normalisation
         node = nodes.pop()
         seen += 1
+        if getattr(node, "constant", False):
+            continue
         if type(node) in _NODES or type(node).__name__.startswith("Embedding"):  # tokens, not parameters alone
             return True
         below = node.next_functions

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["ByFormulaOnce", "Pass", "differentiable_once_more", "now"]
 
@@ -40,12 +41,14 @@ def differentiable_once_more(wanted: bool) -> Iterator[None]:
     """Forward and backward by the formulas inside; outside, the graph of what they gave has ordinary derivatives.
 
     An explanation depends on activations. Its derivative asks how *they* change with the input, which is what the
-    model's ordinary backward pass says, not the changed one.
+    model's ordinary backward pass says, not the changed one. Fused attention has no second derivative, so it is taken
+    apart.
     """
     before = _NOW.one
     _NOW.one = one = Pass() if wanted else None
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if wanted else contextlib.nullcontext():
+            yield
     finally:
         _NOW.one = before
         if one is not None:
@@ -60,6 +63,7 @@ class ByFormulaOnce(torch.autograd.Function):
         ctx: Any, one: Pass, formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor
     ) -> Tensor:
         ctx.one, ctx.formula, ctx.rest, ctx.all = one, formula, len(given) - count, len(given)
+        ctx.constant = not count  # nothing flows in the first pass
         ctx.save_for_backward(*(given if keep else given[count:]))
         ctx.set_materialize_grads(False)
         return value.detach()

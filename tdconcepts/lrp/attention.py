@@ -14,6 +14,7 @@ from tdconcepts.errors import BadValue
 from tdconcepts.hooks.flows import backward_by, depends
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.epsilon import EpsilonRule, UniformEpsilonRule
+from tdconcepts.lrp.passing import constant
 
 __all__ = ["AHQKVRule", "AttentionRule", "GatedProductRule", "SoftmaxEpsilonRule"]
 
@@ -209,7 +210,7 @@ class AttentionRule(Rule):
 
     def _parts(self, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
         if self.constant:
-            return {"query": q.detach(), "key": k.detach(), "value": v}
+            return {"query": constant(q), "key": constant(k), "value": v}
         return {"query": part(q, 0.25), "key": part(k, 0.25), "value": part(v, 0.5)}
 
     def _module(self, call: Call, m: nn.MultiheadAttention) -> Any:

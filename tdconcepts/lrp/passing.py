@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdconcepts.hooks.flows import backward_by, changed, depends, untransformed
 from tdconcepts.hooks.rules import Call, Rule
+from tdconcepts.hooks.twice import now
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
 
 __all__ = [
@@ -202,7 +203,21 @@ class ConstantRule(Rule):
 
     def carry(self, call: Call) -> Any:
         """Anything."""
-        return changed(call.output, torch.detach)
+        return changed(call.output, constant)
+
+
+def constant(value: Tensor) -> Tensor:
+    """``value``, which nothing flows to; where second derivatives are wanted, it changes with the input all the same.
+
+    Examples:
+        >>> constant(torch.ones(1, requires_grad=True)).requires_grad
+        False
+    """
+    return value.detach() if now() is None else backward_by(_none, value, [], keep=False)
+
+
+def _none(flow: Tensor) -> tuple[()]:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,9 +249,10 @@ class NumeratorRule(Rule):
             a, b = b, a
         z = call.output
         if not depends(a):
-            return z.detach()
+            return constant(z)
         relevance = call.carries_relevance
-        b = torch.as_tensor(b, dtype=z.dtype, device=z.device).detach()
+        b = torch.as_tensor(b, dtype=z.dtype, device=z.device)
+        b = b.detach() if now() is None else b
         spread = a.expand(z.shape)
         return backward_by(functools.partial(_numerator, relevance), z, [spread], b, keep=False)
 

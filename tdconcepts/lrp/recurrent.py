@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tdconcepts.hooks.flows import backward_by, depends
 from tdconcepts.hooks.rules import Call, Rule
+from tdconcepts.lrp.passing import constant
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
 
 __all__ = ["GRURule", "LSTMRule", "RNNRule"]
@@ -162,15 +163,15 @@ class LSTMRule(_Recurrent):
 
     def _cell(self, x: Tensor, state: tuple[Tensor, ...], weights: Any, call: Call) -> tuple[Tensor, ...]:
         (h0, c0), (w, u, b, d) = state, weights
-        gates = F.linear(x.detach(), w, b) + F.linear(h0.detach(), u, d)
-        i, f, _, o = gates.detach().chunk(4, -1)
+        gates = F.linear(constant(x), w, b) + F.linear(constant(h0), u, d)
+        i, f, _, o = constant(gates).chunk(4, -1)
         i, f, o = i.sigmoid(), f.sigmoid(), o.sigmoid()
         part = lambda t: None if t is None else t.chunk(4)[2]  # noqa: E731
         a = self._linear(call, [(x, part(w)), (h0, part(u))], part(b), part(d))
-        g = _signal(torch.tanh(a.detach()), a, call)
+        g = _signal(torch.tanh(a), a, call)
         c = f * _in(c0, call) + i * _in(g, call)
         c = _over(c, c, self.epsilon, call)
-        return _signal(o * torch.tanh(c.detach()), c, call), c
+        return _signal(o * torch.tanh(c), c, call), c
 
     def _one_step(self, call: Call, m: Any, x: Tensor, state: Any) -> Any:
         zeros = x.new_zeros(*x.shape[:-1], m.hidden_size)
@@ -214,12 +215,12 @@ class GRURule(_Recurrent):
         (wr, wz, wn), (ur, uz, un) = w.chunk(3), u.chunk(3)
         br, bz, bn = (None,) * 3 if b is None else b.chunk(3)
         dr, dz, dn = (None,) * 3 if d is None else d.chunk(3)
-        x0, h = x.detach(), h0.detach()
-        r = (F.linear(x0, wr, br) + F.linear(h, ur, dr)).sigmoid().detach()
-        z = (F.linear(x0, wz, bz) + F.linear(h, uz, dz)).sigmoid().detach()
+        x0, h = constant(x), constant(h0)
+        r = constant((F.linear(x0, wr, br) + F.linear(h, ur, dr)).sigmoid())
+        z = constant((F.linear(x0, wz, bz) + F.linear(h, uz, dz)).sigmoid())
         total = F.linear(_in(x, call), wn, bn) + r * F.linear(_in(h0, call), un, dn)
         a = _over(total, total, self.epsilon, call)
-        n = _signal(torch.tanh(a.detach()), a, call)
+        n = _signal(torch.tanh(a), a, call)
         new = (1 - z) * _in(n, call) + z * _in(h0, call)
         return (_over(new, new, self.epsilon, call),)
 
@@ -262,7 +263,7 @@ class RNNRule(_Recurrent):
         (h0,), (w, u, b, d) = state, weights
         a = self._linear(call, [(x, w), (h0, u)], b, d)
         relu = getattr(call.module, "nonlinearity", "tanh") == "relu"
-        return (_signal(torch.relu(a.detach()) if relu else torch.tanh(a.detach()), a, call),)
+        return (_signal(torch.relu(a) if relu else torch.tanh(a), a, call),)
 
     def _one_step(self, call: Call, m: Any, x: Tensor, state: Any) -> Any:
         start = x.new_zeros(*x.shape[:-1], m.hidden_size) if state is None else state

@@ -20,6 +20,7 @@ from tdconcepts.lrp import (
     EpsilonPlusFlat,
     EpsilonRule,
     FlatRule,
+    FoldedBatchNorm,
 )
 
 
@@ -249,3 +250,53 @@ def test_the_settings_of_the_composite():
         plain.replace(epsylon=1.0)
     with pytest.raises(BadValue):
         plain.replace(epsilon=-1.0)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x):
+        h = torch.nn.functional.silu(self.norm(self.conv(x)))
+        h += x
+        return self.head(h.mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.head = kind(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x)[0][:, -1])
+
+
+NETS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), (4,), EpsilonPlus(0.1)),
+    "cnn": (lambda: cnn().module, (1, 8, 8), EpsilonAlpha2Beta1Flat(0.1, 0.1)),
+    "residual": (Residual, (1, 6, 6), EpsilonPlus(0.1) | FoldedBatchNorm()),
+    "attention": (lambda: transformer().module, (5, 8), AttnLRP()),
+    "constant attention": (lambda: transformer().module, (5, 8), CPLRP(0.1)),
+    "lstm": (lambda: Recurrent(nn.LSTM), (4, 8), EpsilonPlus(0.1)),
+    "gru": (lambda: Recurrent(nn.GRU), (4, 8), EpsilonPlus(0.1)),
+}
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_derivative_of_an_explanation(name, convention):
+    torch.manual_seed(0)
+    make, shape, composite = NETS[name]
+    net = as_td(make().double().eval())
+    x = torch.randn(2, *shape, dtype=torch.float64).requires_grad_()
+    weight, step = torch.randn_like(x), 1e-6 * torch.randn_like(x)
+
+    def weighted(x):
+        explainer = LRP(net, composite, Target("logits", 0), convention=convention, create_graph=True)
+        return (explainer(TensorDict(x=x, batch_size=[2]))["attribution", "x"] * weight).sum()
+
+    (found,) = torch.autograd.grad(weighted(x), x)
+    moved = weighted(x + step) - weighted(x - step)
+    assert torch.allclose((found * step).sum() * 2, moved, rtol=1e-5)
