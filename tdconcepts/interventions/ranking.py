@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["affordable_mask", "counted_mask", "top_mask"]
+__all__ = ["affordable_mask", "counted_mask", "prepare", "top_mask"]
 
 _NUMPY = (torch.float32, torch.float64, torch.int32, torch.int64)
 _FEW = 8
@@ -28,6 +30,30 @@ def top_mask(score: Tensor, k: int) -> Tensor:
     if k in (0, n):
         return torch.full_like(score, k > 0, dtype=torch.bool)
     score = score.detach()
+    if _OPERATION and torch.compiler.is_compiling() and score.device.type == "cpu":
+        return torch.ops.tdconcepts.top_mask(score, k)
+    return _top_mask(score, k)
+
+
+def prepare() -> None:
+    """Make the ranking one operation for ``torch.compile`` on a CPU: a graph can't hold numpy's partition, an op can.
+
+    Done when the first selection is built, not when this module is imported.
+    """
+    if _OPERATION or torch.compiler.is_compiling():
+        return
+    schema = "(Tensor score, int k) -> Tensor"
+    operation = torch.library.custom_op("tdconcepts::top_mask", _top_mask, mutates_args=(), schema=schema)
+    operation.register_fake(lambda score, k: torch.empty_like(score, dtype=torch.bool))
+    operation.register_vmap(lambda info, dims, score, k: (operation(score.movedim(dims[0], 0), k), 0))
+    _OPERATION.append(operation)
+
+
+_OPERATION: list[Any] = []
+
+
+def _top_mask(score: Tensor, k: int) -> Tensor:
+    n = score.shape[-1]
     if score.is_floating_point():
         score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     elif score.dtype is torch.bool:

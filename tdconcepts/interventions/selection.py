@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.interventions.draws import check_generator
-from tdconcepts.interventions.ranking import affordable_mask, counted_mask, top_mask
+from tdconcepts.interventions.ranking import affordable_mask, counted_mask, prepare, top_mask
 from tdconcepts.interventions.spaces import known_places
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.stages import read_block, write
@@ -87,6 +87,7 @@ class SelectStage(TensorDictModuleBase):
 
     def __init__(self, splice: Splice, *, missing: bool = False, **select: Unpack[Selection]) -> None:
         super().__init__()
+        prepare()
         unknown = sorted(set(select) - set(Selection.__annotations__))
         if unknown:
             fix = nearest(unknown[0], Selection.__annotations__)
@@ -135,6 +136,10 @@ class SelectStage(TensorDictModuleBase):
     def is_random(self) -> bool:
         """Whether concepts are drawn, whatever their score."""
         return self._chance is not None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        prepare()  # in the process that it comes to
 
     def mask(self, score: Tensor, candidates: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """``score [*B, C] -> mask [*B, C]``, True where the value is to be replaced.

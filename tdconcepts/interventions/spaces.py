@@ -11,7 +11,7 @@ from torch import Tensor
 from tdconcepts.errors import BadValue
 from tdconcepts.interventions.splice import Splice
 
-__all__ = ["EPS", "Space", "as_space", "check_range", "is_visible", "known_places", "spread", "to_logits", "written"]
+__all__ = ["Space", "as_space", "check_range", "is_visible", "known_places", "spread", "to_logits", "written"]
 
 Space: TypeAlias = Literal["probs", "logits", "onehot", "continuous"]
 

@@ -9,12 +9,12 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
-from tdconcepts.interventions.spaces import EPS, Space, as_space, check_range, known_places, to_logits, written
+from tdconcepts.interventions.spaces import Space, as_space, check_range, known_places, written
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.stages import ConceptStage
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["EPS", "Do", "GroundTruth", "to_logits"]
+__all__ = ["Do", "GroundTruth"]
 
 
 class Do(ConceptStage):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdconcepts.interventions.ranking import affordable_mask, counted_mask, top_mask
+from tdconcepts.interventions.ranking import affordable_mask, counted_mask, prepare, top_mask
 
 SCORES = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 0.5, 3.0, math.inf, math.nan])
 
@@ -105,3 +105,17 @@ def test_a_budget_of_tenths_buys_as_many_tenths():
     costs = torch.full((5,), 0.1, dtype=torch.float64)
     assert affordable_mask(score, score >= 0, costs, torch.tensor(0.3, dtype=torch.float64)).sum() == 3
     assert affordable_mask(score, score >= 0, costs, torch.tensor(0.29, dtype=torch.float64)).sum() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+def test_in_a_graph_it_is_one_operation_with_the_same_result(dtype):
+    prepare()
+    torch._dynamo.reset()
+    score = torch.randint(0, 4, (20, 12)).to(dtype)
+    expected = torch.tensor([slow(row, 5) for row in score])
+    assert torch.equal(torch.compile(lambda s: top_mask(s, 5), fullgraph=True, backend="aot_eager")(score), expected)
+    mapped = torch.compile(torch.vmap(lambda s: top_mask(s, 5)), fullgraph=True, backend="eager")
+    assert torch.equal(mapped(score), expected)
+    cases = [(score.contiguous(), 5), (score[:0], 5), (score[0], 1)]
+    for case in cases:
+        torch.library.opcheck(torch.ops.tdconcepts.top_mask.default, case)

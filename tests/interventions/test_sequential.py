@@ -138,7 +138,7 @@ def test_any_batch(batch):
     assert greedy(k=2)(data(*batch, dtype=torch.float64))["intervention", "order"].shape == (*batch, 5)
 
 
-@pytest.mark.parametrize("policy", [ExpectedInfluencePolicy(TARGET, change="value"), UncertaintyPolicy()])
+@pytest.mark.parametrize("policy", [ExpectedInfluencePolicy(TARGET, change="value")])
 def test_copies_compile_and_map(policy):
     fixed = intervene(network(), policy=policy, strategy=GroundTruth("labels"), k=2, sequential=True)
     td = fixed(data(5))

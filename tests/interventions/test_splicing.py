@@ -21,7 +21,7 @@ from torch import nn
 from tdconcepts.concepts.bottleneck import ConceptBottleneck
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks.targets import Target
+from tdconcepts.hooks import Site, Target
 from tdconcepts.interventions.influence import GradientPolicy
 from tdconcepts.interventions.pipeline import InterventionPipeline
 from tdconcepts.interventions.policies import RandomPolicy, UncertaintyPolicy, UniformPolicy
@@ -379,6 +379,35 @@ def test_a_torchrl_actor_acts_in_an_environment():
     rollout = env.rollout(20, fixed)
     assert (rollout["concept"] == 0).sum(-1).tolist() == [3] * len(rollout)
     assert rollout["intervention", "mask"].shape == (len(rollout), 8)
+
+
+@pytest.mark.parametrize("how", ["spliced", "sequential", "randint", "at a site"])
+def test_an_actor_with_an_intervention_in_a_rollout_and_a_collector(how):
+    pytest.importorskip("gymnasium")
+    collectors = pytest.importorskip("torchrl.collectors")
+    rl = pytest.importorskip("tdconcepts.rl")
+    actor = rl.cartpole_policy()
+    options = {
+        "spliced": {"policy": UncertaintyPolicy(0.0), "k": 3},
+        "sequential": {"policy": GradientPolicy(Target("logits", "argmax")), "k": 3, "sequential": True},
+        "randint": {"probability": 0.5},
+        "at a site": {"policy": UncertaintyPolicy(0.0), "k": 3},
+    }
+    at = Site("0.0") if how == "at a site" else "concept"
+    fixed = intervene(actor, at, strategy=Do(0.0), **options[how])
+    env = rl.cartpole_env(2, seed=0)
+    rollout = env.rollout(6, fixed, break_when_any_done=False)
+    sizes = {"frames_per_batch": 12, "total_frames": 12, "auto_register_policy_transforms": False}
+    collector = collectors.Collector(env, fixed, **sizes)
+    collected = next(iter(collector))
+    collector.shutdown()
+    for td in (rollout, collected):
+        mask = td["intervention", "mask"]
+        assert mask.shape[:2] == (2, 6)
+        assert mask.any()
+        assert how == "randint" or mask.sum(-1).eq(3).all()
+        if how != "at a site":
+            assert torch.equal(td["concept"], torch.where(mask, 0.0, td["intervention", "before"]))
 
 
 @pytest.mark.parametrize(
