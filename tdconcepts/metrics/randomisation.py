@@ -80,7 +80,7 @@ def parameter_randomisation(
         (('2', '0'), torch.Size([2, 5]))
     """
     check_module(module)
-    known = {p: m for p, m in module_paths(module).items() if any(True for _ in m.parameters(recurse=False))}
+    known = _layers(module)
     if not known:
         raise BadValue("nothing to randomise", got=f"{type(module).__name__} without parameters")
     names = list(known)[::-1] if layers is None else list(layers)
@@ -97,7 +97,7 @@ def parameter_randomisation(
         raise BadType("nothing to rank", got=f"attributions of shape {list(before.shape)}", needed="two numbers a row")
     for name in names:
         twin = copy.deepcopy(twin if cascading else module)
-        _shuffle(module_paths(twin)[name], source)
+        _shuffle(_layers(twin)[name], source)
         found.append(spearman(before.flatten(td.batch_dims), explain(twin)(td.copy()).get(key).flatten(td.batch_dims)))
     return Randomised(tuple(names), torch.stack(found))
 
@@ -118,6 +118,17 @@ def _ranks(value: Tensor) -> Tensor:
     below = (value.unsqueeze(-1) > value.unsqueeze(-2)).sum(-1)
     same = (value.unsqueeze(-1) == value.unsqueeze(-2)).sum(-1)
     return below.double() + (same.double() - 1) / 2
+
+
+def _layers(module: TensorDictModuleBase) -> dict[str, nn.Module]:
+    """The layers with parameters of their own, by path; one that a TensorDictModule wraps has the wrapper's path."""
+    found = {}
+    for path, layer in module_paths(module).items():
+        while isinstance(layer, TensorDictModuleBase) and isinstance(inner := layer._modules.get("module"), nn.Module):
+            layer = inner
+        if any(True for _ in layer.parameters(recurse=False)):
+            found[path] = layer
+    return found
 
 
 def _shuffle(layer: nn.Module, source: Source) -> None:

@@ -197,8 +197,9 @@ def _stages(network: str, module: TensorDictModuleBase) -> list[Stage]:
         if not isinstance(inner, TensorDictModuleBase) or below:
             continue
         held = {id(m) for m in inner.modules() if m is not inner and not m._modules}
-        sites = tuple(p for p, m in paths.items() if id(m) in held)
-        wrapped = getattr(inner, "module", None) if "module" in inner._modules else None
+        wrapped = inner._modules.get("module")
+        alone = isinstance(wrapped, nn.Module) and not wrapped._modules  # the stage is the layer, under its own path
+        sites = (path,) if alone else tuple(p for p, m in paths.items() if id(m) in held)
         kind = type(wrapped if isinstance(wrapped, nn.Module) else inner).__name__
         reads, writes = (tuple(as_key(key) for key in keys) for keys in (inner.in_keys, inner.out_keys))
         found.append(Stage(network, path, kind, reads, writes, sites))

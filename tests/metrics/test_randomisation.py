@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.attribution import Gradient
@@ -43,6 +43,13 @@ def test_a_gradient_depends_on_the_weights_and_a_difference_from_zero_does_not(c
     copied = lambda m: TensorDictModule(lambda x: 2 * x, ["x"], [("attribution", "x")])  # noqa: E731
     still = parameter_randomisation(copied, net, td)
     torch.testing.assert_close(still.similarity, torch.ones(3, 30))
+
+
+def test_a_layer_that_is_a_stage_is_found():
+    stages = [TensorDictModule(nn.Linear(6, 4), ["x"], ["z"]), TensorDictModule(nn.Linear(4, 2), ["z"], ["q"])]
+    td = TensorDict(x=torch.randn(3, 6), batch_size=[3])
+    found = parameter_randomisation(lambda m: Gradient(m, Target("q", 0), wrt="x"), TensorDictSequential(*stages), td)
+    assert found.layers == ("1", "0")
 
 
 def test_layers_in_an_order_of_ones_own():

@@ -23,6 +23,7 @@ def test_a_policy():
     ]
     assert found.latents == ["hidden", "concept", "logits"]
     td = TensorDict(observation=torch.zeros(2, 4), batch_size=[2])
+    assert [stage.sites for stage in found.stages] == [("0.0", "0.1"), ("1.0", "1.1"), ("2",), ()]
     for stage in found.stages:
         for site in stage.sites:
             with capture(policy, Site(site)) as m:
