@@ -56,7 +56,7 @@ class Call:
 
     def __init__(self, name: str, function: Any, args: Any, kwargs: Any, output: Any, how: Any) -> None:
         self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
-        self.how = how.how if isinstance(how, Call) else how
+        self.how: Any = how.how if isinstance(how, Call) else how
         self.convention, self.ends, self.safe, self.report = how.convention, how.ends, how.safe, how.report
         self.before: tuple[Any, Call, Any] | None = None
         self.folded: tuple[Tensor, Tensor] | None = None

@@ -13,15 +13,12 @@ from tdconcepts.hooks.twice import ByFormulaOnce, now
 
 __all__ = [
     "backward_by",
-    "by_formula",
     "changed",
     "depends",
     "is_inplace",
     "operation_name",
     "overwritable",
-    "overwrite",
     "tensors",
-    "under_vmap",
     "untransformed",
 ]
 
@@ -51,9 +48,7 @@ class _ByFormulaAtOnce(torch.autograd.Function):
     """The same without a ``setup_context``, for which torch looks at the signature in each call, which takes longer."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor) -> Tensor:
         _ByFormula.setup_context(ctx, (formula, count, keep, value, *given), value)
         ctx.set_materialize_grads(False)
         return value.detach()
@@ -88,7 +83,7 @@ def backward_by(
     elif not torch._C._are_functorch_transforms_active():
         kind, one = _ByFormulaAtOnce, now()
         if one is not None:
-            twice: Tensor = ByFormulaOnce.apply(one, formula, len(inputs), keep, value, *given)  # type: ignore[no-untyped-call]
+            twice: Tensor = ByFormulaOnce.apply(one, formula, len(inputs), keep, value, *given)
             return twice
     found: Tensor = kind.apply(formula, len(inputs), keep, value.detach(), *given)
     return found
@@ -98,12 +93,12 @@ class _Overwrite(torch.autograd.Function):
     """As ``copy_``, after which nothing flows to what was there, where ``copy_`` lets zeros flow."""
 
     @staticmethod
-    def forward(ctx: Any, target: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, target: Tensor, value: Tensor) -> Tensor:
         ctx.mark_dirty(target)
         return target.copy_(value)
 
     @staticmethod
-    def backward(ctx: Any, flow: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, flow: Tensor) -> tuple[None, Tensor]:
         return None, flow
 
 
@@ -111,7 +106,7 @@ def overwrite(target: Tensor, value: Tensor) -> Tensor:
     """``target``, with the numbers and the graph of ``value``."""
     if not untransformed(target) or target._base is not None or target.grad_fn is None:
         return target.copy_(value)
-    found: Tensor = _Overwrite.apply(target, value)  # type: ignore[no-untyped-call]
+    found: Tensor = _Overwrite.apply(target, value)
     return found
 
 
@@ -120,7 +115,7 @@ def by_formula(node: Any) -> bool:
     return type(node) in _NODES
 
 
-_NODES = tuple(kind._backward_cls for kind in (_ByFormula, _ByFormulaAtOnce, ByFormulaOnce))  # type: ignore[attr-defined]
+_NODES = tuple(kind._backward_cls for kind in (_ByFormula, _ByFormulaAtOnce, ByFormulaOnce))
 
 
 @torch.compiler.assume_constant_result  # else each entry of the table would be a guard of what is compiled

@@ -59,7 +59,7 @@ class ByFormulaOnce(torch.autograd.Function):
     """``value`` going forwards; backwards by a formula in the first pass, and into the graph of ``value`` in others."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, one: Pass, formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor
     ) -> Tensor:
         ctx.one, ctx.formula, ctx.rest, ctx.all = one, formula, len(given) - count, len(given)
