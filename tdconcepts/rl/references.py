@@ -17,7 +17,7 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 
-from tdconcepts.concepts import ConceptActivation, ConceptSpec
+from tdconcepts.concepts import ConceptActivation, ConceptSpec, TeacherForcing
 from tdconcepts.errors import import_extra
 from tdconcepts.rl.agents import CARTPOLE, ENVS, EVAL_SEEDS, balances, batches_in, cartpole_env, critic_of, judge_of
 from tdconcepts.rl.agents import linear as layer
@@ -120,7 +120,12 @@ def ppo_pendulum(seed: int = 0, *, frames: int = 61_440, progress: Progress | No
 
 
 def concept_cartpole(
-    seed: int = 0, *, frames: int = 102_400, weight: float = 1.0, progress: Progress | None = None
+    seed: int = 0,
+    *,
+    frames: int = 102_400,
+    weight: float = 1.0,
+    randint: float = 0.0,
+    progress: Progress | None = None,
 ) -> TrainedAgent:
     """Train a CartPole policy whose action is a function of four concepts: PPO, and the concepts' labels beside it.
 
@@ -133,6 +138,9 @@ def concept_cartpole(
         seed: of the weights, the environments and the sampling.
         frames: the budget in environment steps; 102 400 by default.
         weight: of the concepts' loss, 1 by default.
+        randint: with this probability a concept is replaced by its label while the policy acts and learns (RandInt), so
+            that it learns to be corrected: a :class:`~tdconcepts.concepts.TeacherForcing` stage reads ``"labels"``,
+            which a first stage writes; in evaluation nothing is replaced. 0 by default: no such stages.
         progress: called as ``progress(stage, done in [0, 1], note)``.
 
     Raises:
@@ -146,10 +154,13 @@ def concept_cartpole(
     keeper = Keeper(judge_of(judges), balances, progress)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        teaching = TeacherForcing(CARTPOLE_CONCEPTS, "labels", randint, key="concepts") if randint else None
         policy = ProbabilisticTensorDictSequential(
+            *([TensorDictModule(_labels, ["observation"], ["labels"])] if teaching else []),
             TensorDictModule(nn.Sequential(layer(4, 64, 2**0.5), nn.Tanh()), ["observation"], ["hidden"]),
             TensorDictModule(layer(64, 4, 1.0), ["hidden"], ["concepts_logits"]),
             ConceptActivation(CARTPOLE_CONCEPTS, "concepts_logits", "concepts"),
+            *([teaching] if teaching else []),
             TensorDictModule(nn.Sequential(layer(4, 64, 2**0.5), nn.Tanh()), ["concepts"], ["policy"]),
             TensorDictModule(layer(64, 2, 0.01), ["policy"], ["logits"]),
             ProbabilisticTensorDictModule(
@@ -180,5 +191,8 @@ def cartpole_concepts(td: TensorDictBase) -> Tensor:
         >>> cartpole_concepts(TensorDict(observation=torch.tensor([0.5, -1.0, 0.1, -0.2]), batch_size=[]))
         tensor([1., 0., 1., 0.])
     """
-    observation = td.get("observation")
+    return _labels(td.get("observation"))
+
+
+def _labels(observation: Tensor) -> Tensor:
     return (observation[..., [2, 3, 0, 1]] > 0).to(observation.dtype)

@@ -116,7 +116,9 @@ class Keeper:
 
     def look(self, frames: int, done: float, *modules: Any) -> bool:
         """Judge the first of ``modules``, keep copies of all if it is the best so far; whether it is enough."""
-        episodes = self.judge(modules[0])
+        learning = modules[0].training
+        episodes = self.judge(modules[0].eval())
+        modules[0].train(learning)
         returns = episodes.get("return")
         score = float(returns.mean()), float(returns.min())
         self.history.append({"frames": frames, "mean": score[0], "min": score[1]})

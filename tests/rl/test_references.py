@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from tdconcepts import Do, intervene
+from tdconcepts import Do, GroundTruth, intervene
 from tdconcepts.errors import BadValue
 from tdconcepts.rl import cartpole_concepts, cartpole_env, concept_cartpole, dqn_cartpole, episode_returns, ppo_pendulum
 
@@ -14,7 +14,7 @@ pytest.importorskip("gymnasium")
 
 @pytest.fixture(scope="module")
 def speaking():
-    return concept_cartpole(seed=0)
+    return concept_cartpole(seed=0, randint=0.25)
 
 
 def test_a_policy_that_speaks_in_concepts(speaking):
@@ -33,6 +33,17 @@ def test_its_concepts_are_what_it_acts_by(speaking):
     told = intervene(speaking.policy, "concepts", strategy=Do([1.0, 1.0, 0.5, 0.5]), among=[0, 1])
     returns = episode_returns(env, told, range(8))["return"]
     assert returns.mean() < 100
+    env.close()
+
+
+def test_it_can_be_corrected(speaking):
+    """It has learnt with true concepts mixed in: it balances by four bits, if not as long as by four probabilities."""
+    env = cartpole_env(8)
+    corrected = intervene(speaking.policy, "concepts", strategy=GroundTruth("labels"))
+    assert episode_returns(env, corrected, range(8))["return"].mean() > 60  # a random policy has 22
+    assert not speaking.policy.training
+    td = speaking.policy(env.reset())
+    assert not td["teaching", "mask"].any()
     env.close()
 
 
