@@ -344,7 +344,8 @@ def _scored(name: str, parameter: Tensor, score: Score, dim: int | None) -> Tens
     if not -parameter.ndim <= dim < parameter.ndim:
         raise BadValue(f"{name!r} has no such dim", got=f"dim={dim}", needed=f"below {parameter.ndim}")
     others = [d for d in range(parameter.ndim) if d != dim % parameter.ndim]
-    return found.detach().double().cpu().norm(dim=others, keepdim=True) if others else found.detach().double().cpu()
+    square = found.detach().double().cpu().square()
+    return (square.sum(others, keepdim=True) if others else square).sqrt()
 
 
 def _check_same(ones: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:

@@ -63,6 +63,15 @@ def test_slices_in_each_equal_torchs(dim):
         torch.testing.assert_close(m(td.clone())["y"], other(td.clone())["y"])
 
 
+def test_channels_of_kernels():
+    net = TensorDictModule(nn.Conv2d(2, 4, 3), ["x"], ["y"])
+    mask = prune(net, 0.5, dim=0).program.changes["weight"].mask
+    size = net.module.weight.flatten(1).norm(dim=-1)
+    assert torch.equal(mask[:, 0, 0, 0], size >= size.sort().values[2])
+    assert torch.equal(mask, mask[:, :1, :1, :1].expand(4, 2, 3, 3))
+    assert prune(net, 0.5, dim=0, only="bias").program.changes["bias"].mask.sum() == 2
+
+
 def test_by_score_and_by_name():
     net, _ = make()
     scores = {"0.weight": torch.arange(32.0).view(8, 4)}

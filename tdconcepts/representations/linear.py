@@ -84,12 +84,13 @@ class MassMeanProbe(Probe):
         keys: an entry, or a list of them.
         label: the entry with the classes, 0 or 1, ``[*B]`` or ``[*B, K]``.
         whiten: whether the covariance counts.
-        ridge: added to the diagonal of the covariance; needed where rows are fewer than features.
+        ridge: added to the diagonal of the covariance; needed where rows are fewer than features. With 0 it is the
+            pseudo-inverse, which leaves out what no row has.
         out_key: the first name of what is written.
 
     Raises:
-        BadValue: ``ridge < 0``; at the fit: labels that are not 0 and 1, a class without rows, a covariance that is
-            singular.
+        BadValue: ``ridge < 0``; at the fit: labels that are not 0 and 1, a class without rows, rows that do not
+            vary within the classes.
 
     Source: Marks and Tegmark, *The geometry of truth*, 2023 (section 5.1); with whitening it is the linear discriminant
     of Fisher 1936.
@@ -145,18 +146,17 @@ class MassMeanProbe(Probe):
         return [[found[i] for i in range(len(self.keys))] for found in sets]
 
     def _whitened(self, scatter: Tensor, theta: Tensor, between: Tensor, n: int) -> Tensor:
-        """``n W^-1 theta`` for ``W = scatter - between theta theta^T``, for all labels by one factor of the scatter."""
-        eye = torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
-        factor, failed = torch.linalg.cholesky_ex(scatter + n * self.ridge * eye)
-        solved = torch.cholesky_solve(theta, factor)
+        """``n W^+ theta`` for ``W = scatter - between theta theta^T``, for all labels by one inverse of the scatter.
+
+        The pseudo-inverse is that within the range of the scatter, as units that are constant or equal need.
+        """
+        solved = solve_ridge(scatter + n * self.ridge * torch.eye(scatter.shape[-1]).to(scatter), theta, 0.0)
         left = 1.0 - between * (theta * solved).sum(-2)
-        diagonal = factor.diagonal(dim1=-2, dim2=-1)
-        flat = diagonal.amin(-1) < 1e-7 * diagonal.amax(-1)
-        if bool(failed.any()) or bool(flat.any()) or bool((left < 1e-10).any()):
+        if not bool((left > 1e-9).all() and (solved != 0).any(-2).all()):
             raise BadValue(
-                "the within-class covariance is singular",
-                got=f"{n} rows of {scatter.shape[-1]} features (constant or equal features, or too few rows)",
-                needed="more rows than features, that vary within the classes",
+                "the classes have no spread between them",
+                got=f"{n} rows of {scatter.shape[-1]} features, that are constant or tell the classes apart exactly",
+                needed="rows that vary within the classes, and more of them than features",
                 fix="ridge=1e-3, or whiten=False",
             )
         return n * solved / left.unsqueeze(-2)

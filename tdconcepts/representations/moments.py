@@ -149,11 +149,12 @@ def solve_ridge(scatter: Tensor, cross: Tensor, ridge: float) -> Tensor:
         >>> solve_ridge(torch.eye(2), torch.ones(2, 1), 1.0).flatten()
         tensor([0.5000, 0.5000])
     """
-    if ridge > 0.0:
-        damped = scatter + ridge * torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed.any()):
-            return torch.cholesky_solve(cross, factor)
+    damped = scatter + ridge * torch.eye(scatter.shape[-1], dtype=scatter.dtype, device=scatter.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    regular = ridge > 0.0 or bool((pivots.amin(-1) > 1e-5 * pivots.amax(-1)).all())  # else what is zero is rounding
+    if regular and not bool(failed.any()):
+        return torch.cholesky_solve(cross, factor)
     squares, axes = torch.linalg.eigh(scatter)
     squares = squares.clamp(min=0.0) + ridge
     kept = squares > squares.amax(-1, keepdim=True) * scatter.shape[-1] * torch.finfo(scatter.dtype).eps

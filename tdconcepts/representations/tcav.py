@@ -310,5 +310,5 @@ def _entries(field: Mapping[NestedKey, Tensor]) -> TensorDict:
     return td
 
 
-def _text(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else f"[{', '.join(map(_text, value))}]"

@@ -49,9 +49,17 @@ def test_whitened_it_has_the_direction_of_fishers_discriminant():
     torch.testing.assert_close(MassMeanProbe("x", "c").fit(td).direction()[0], w / w.norm())
 
 
+def test_constant_and_equal_units_are_left_out():
+    td = make()
+    more = td.clone().set("x", torch.cat([td["x"], td["x"][:, :1], torch.ones(60, 2)], -1))
+    torch.testing.assert_close(
+        MassMeanProbe("x", "c").fit(more)(more)["probe", "x"], MassMeanProbe("x", "c").fit(td)(td)["probe", "x"]
+    )
+
+
 def test_ridge_makes_few_rows_enough():
     td = make(8, 12)
-    with pytest.raises(BadValue, match="singular"):
+    with pytest.raises(BadValue, match="no spread"):
         MassMeanProbe("x", "c").fit(td)
     assert MassMeanProbe("x", "c", ridge=1e-2).fit(td)(td)["probe", "x"].isfinite().all()
 
@@ -64,7 +72,7 @@ def test_ridge_makes_few_rows_enough():
         (lambda: MassMeanProbe("x", "c", ridge=-1.0), {}, "ridge"),
         (lambda: MassMeanProbe("x", "y"), {}, "not binary"),
         (lambda: MassMeanProbe("x", "c"), {"c": torch.ones(60, dtype=torch.int64)}, "a class has no rows"),
-        (lambda: MassMeanProbe("x", "c"), {"x": torch.ones(60, 3)}, "singular"),
+        (lambda: MassMeanProbe("x", "c"), {"x": torch.ones(60, 3)}, "no spread"),
     ],
 )
 def test_bad_input(make_probe, change, text):
