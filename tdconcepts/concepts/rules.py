@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tdconcepts.concepts.encoders import mlp, one_pair
@@ -165,10 +167,11 @@ class LogicRules(BlockStage):
             raise BadValue("concepts and selection of different batches", got=got, needed="[*B, C] and [*B, T, M]")
         kind = self._pair[0 if self.training else 1]
         if kind == "argmax" and not torch.is_grad_enabled():  # certain roles: a sum of logarithms, two products
-            tiny = torch.finfo(block.dtype).tiny
-            positive, negative, _ = (role.flatten(0, 1).to(block.dtype).mT for role in _certain(self._decoded()))
-            logs = block.clamp(min=tiny).log() @ positive + (1 - block).clamp(min=tiny).log() @ negative
-            truth = logs.exp().unflatten(-1, (self.tasks, self.memory_size))
+            least = math.log(torch.finfo(block.dtype).tiny)
+            positive, negative, _ = (role.flatten(0, 1).to(block.dtype) for role in _certain(self._decoded()))
+            logs = F.linear(block.log().clamp_(min=least), positive)
+            logs += F.linear(block.neg().log1p_().clamp_(min=least), negative)
+            truth = logs.exp_().unflatten(-1, (self.tasks, self.memory_size))
         else:
             positive, negative, irrelevant = self.roles(kind).unbind(-1)
             true, false = irrelevant + positive, irrelevant + negative

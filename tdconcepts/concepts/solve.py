@@ -110,12 +110,13 @@ def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float
     slope, p = problem.slope(scores)
     gradient = rows.mT @ slope
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    scale = torch.ones_like(w[0])
     count, left = 0, torch.inf
     for count in range(iterations + 1):
         left = float((gradient.abs() / number).max())
         if left <= tolerance or count == iterations:
             break
-        direction = _direction(gradient, pairs, start)
+        direction = _direction(gradient, pairs, start, scale)
         first = (direction * gradient).sum(0)
         direction = torch.where(first < 0, direction, -start @ gradient)
         first = (direction * gradient).sum(0)
@@ -145,16 +146,17 @@ def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float
         change = gradient - before
         product = (moved * change).sum(0)
         pairs = [*pairs[1 - MEMORY :], (moved, change, torch.where(product > 0, 1 / product.clamp(min=1e-30), 0))]
+        scale = (product / (change * (start @ change)).sum(0).clamp(min=1e-30)).clamp(min=1e-3)
     return w, count, left
 
 
-def _direction(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], start: Tensor) -> Tensor:
+def _direction(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], start: Tensor, scale: Tensor) -> Tensor:
     """Minus the inverse curvature, as the pairs know it, times the gradient (the two loops of L-BFGS)."""
     q, weights = gradient, []
     for moved, change, rho in reversed(pairs):
         weights.append(rho * (moved * q).sum(0))
         q = torch.addcmul(q, change, weights[-1], value=-1)
-    q = start @ q
+    q = (start @ q) * scale
     for (moved, change, rho), weight in zip(pairs, reversed(weights), strict=True):
         q = torch.addcmul(q, moved, weight - rho * (change * q).sum(0))
     return -q
