@@ -1,5 +1,6 @@
 """What every test gets: one thread, a seed, figures without a screen, and a check that global state is as before."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -13,6 +14,14 @@ torch.set_num_threads(1)  # the nets are small: more threads only cost
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_collection_modifyitems(items):
+    """Examples that run an environment are skipped where there is no torchrl, as the tests are."""
+    if importlib.util.find_spec("torchrl") is None:
+        for item in items:
+            if isinstance(item, pytest.DoctestItem) and "cartpole_env(" in (item.dtest.docstring or ""):
+                item.add_marker(pytest.mark.skip(reason="torchrl is not installed"))
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,15 @@ def restore_state(
 
     Raises:
         BadValue: there is no way to do it exactly.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts.rl import cartpole_env, rollout_episodes
+        >>> lean = TensorDictModule(lambda o: (o[..., 2] > 0).long(), ["observation"], ["action"])
+        >>> env = cartpole_env(1)
+        >>> log = rollout_episodes(env, lean, seeds=[7])[0]
+        >>> torch.equal(restore_state(env, log, 5, seed=7)["observation"][0], log[5]["observation"])
+        True
     """
     length = _checked(episode, env)
     if not 0 <= step < length:

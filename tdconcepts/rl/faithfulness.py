@@ -77,6 +77,15 @@ class Partial(TensorDictModuleBase):
 
     Raises:
         BadKey: a policy that does not read ``wrt``, an explainer that does not explain it.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import InputXGradient, Target
+        >>> policy = TensorDictModule(lambda x: x.sum(-1), ["observation"], ["action"])
+        >>> part = Partial(policy, InputXGradient(policy, Target("action")), "observation", hidden=1)
+        >>> part(TensorDict(observation=torch.tensor([[1.0, 5.0, 2.0]]), batch_size=[1]))["action"]
+        tensor([3.])
     """
 
     def __init__(
@@ -162,6 +171,16 @@ def return_curves(
 
     Source: Samek et al. 2017, "Evaluating the visualization of what a deep neural network has learned" (deletion);
     Petsiuk et al. 2018, "RISE", section 3.4 (insertion), on returns in place of class scores.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient, Target
+        >>> from tdconcepts.rl import cartpole_env
+        >>> lean = TensorDictModule(lambda o: ((o[..., 2] > 0).long(), o[..., 2]), ["observation"], ["action", "angle"])
+        >>> env, why = cartpole_env(2), Gradient(lean, Target("angle"))
+        >>> found = return_curves(env, lean, why, [0, 1], features=[0, 1], orders=["most", "least"], max_steps=50)
+        >>> found.area("most") < found.area("least")
+        True
     """
     if mode not in ("deletion", "insertion"):
         raise BadValue("not a mode", got=repr(mode), needed='"deletion" or "insertion"')

@@ -30,6 +30,12 @@ class SquaredError:
     Args:
         of: what the network writes, ``[*B, 1]`` or ``[*B]``.
         label: the entry with what it was trained towards (the return, a TD target), of the same shape.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict(state_value=torch.tensor([[3.0]]), value_target=torch.tensor([[1.0]]), batch_size=[1])
+        >>> SquaredError()(td)
+        tensor([4.])
     """
 
     of: NestedKey = "state_value"
@@ -58,6 +64,11 @@ class PolicyGradient:
         policy: as for :func:`~tdconcepts.rl.log_prob`.
         advantage: the entry with the advantage of the logged action, ``[*B, 1]`` or ``[*B]``.
         action: the logged action.
+
+    Examples:
+        >>> from tdconcepts.rl import cartpole_policy
+        >>> PolicyGradient(cartpole_policy()).in_keys
+        ['action', 'advantage']
     """
 
     def __init__(

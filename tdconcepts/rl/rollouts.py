@@ -36,6 +36,14 @@ def rollout_episodes(
 
     Raises:
         BadValue: another number of seeds than of slots, ``max_steps < 1``.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts.rl import cartpole_env
+        >>> lean = TensorDictModule(lambda o: (o[..., 2] > 0).long(), ["observation"], ["action"])
+        >>> rollout = rollout_episodes(cartpole_env(2), lean, seeds=[0, 1])
+        >>> rollout.batch_size == rollout["collector", "mask"].shape
+        True
     """
     width = max(1, env.batch_size.numel())
     if max_steps < 1 or (seeds is not None and len(seeds) != width):

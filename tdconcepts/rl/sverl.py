@@ -171,6 +171,14 @@ class Hidden(TensorDictModuleBase):
         BadKey: states without an entry. BadValue: ``kept`` of another shape.
 
     Source: Beechey et al. 2023, equation 5.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> policy = TensorDictModule(lambda x: x.sum(-1), ["observation"], ["action"])
+        >>> visited = TensorDict(observation=torch.tensor([[10.0, 20.0]]), batch_size=[1])
+        >>> blind = Hidden(policy, visited, {"observation": torch.tensor([True, False])})
+        >>> blind(TensorDict(observation=torch.tensor([[1.0, 2.0]]), batch_size=[1]))["action"]
+        tensor([21.])
     """
 
     def __init__(
@@ -253,6 +261,15 @@ def sverl_outcome(
         BadValue: no states, no episodes, too many features for all subsets.
 
     Source: Beechey et al. 2023, "Explaining reinforcement learning with Shapley values", equations 3 to 5 (SVERL-P).
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts.rl import cartpole_env
+        >>> lean = TensorDictModule(lambda o: (o[..., 2] > 0).long(), ["observation"], ["action"])
+        >>> visited = TensorDict(observation=torch.zeros(1, 4), batch_size=[1])
+        >>> found = sverl_outcome(cartpole_env(2), lean, visited, [0, 1], episodes=1, max_steps=50)
+        >>> (found["attribution", "observation"].mean(0) > 0).tolist()  # it acts by the pole's angle alone
+        [False, False, True, False]
     """
     check_module(policy, "the policy")
     _check_samples(n_samples)

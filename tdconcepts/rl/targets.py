@@ -157,7 +157,17 @@ def log_prob(policy: TensorDictModuleBase, action: NestedKey = "action", *, agen
 
 
 def probability(policy: TensorDictModuleBase, action: NestedKey = "action", *, agent: int | None = None) -> Target:
-    r"""The probability (density) of the logged action, :math:`\pi(a|s)`; arguments and errors as :func:`log_prob`."""
+    r"""The probability (density) of the logged action, :math:`\pi(a|s)`; arguments and errors as :func:`log_prob`.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tdconcepts.rl import cartpole_policy
+        >>> policy, td = cartpole_policy(), TensorDict(action=torch.tensor([0]), batch_size=[1])
+        >>> td["logits"] = torch.zeros(1, 2)
+        >>> probability(policy).read(td["logits"], td, 1)[0]
+        tensor([0.5000])
+    """
     head, written = _head(policy)
     return Target(head.in_keys[0], Probability(of_agent(Likelihood(head, written, as_key(action)), agent)))
 
@@ -171,6 +181,14 @@ def entropy(policy: TensorDictModuleBase, *, agent: Agents = None) -> Target:
 
     Raises:
         BadType: a policy without a distribution; at the call, a distribution whose entropy has no closed form.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> from tdconcepts.rl import cartpole_policy
+        >>> policy, td = cartpole_policy(), TensorDict(logits=torch.zeros(1, 2), batch_size=[1])
+        >>> entropy(policy).read(td["logits"], td, 1)[0].exp()  # as undecided as between so many actions
+        tensor([2.])
     """
     head, written = _head(policy)
     return Target(head.in_keys[0], of_agent(Likelihood(head, written, None), agent))
