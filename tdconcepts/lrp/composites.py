@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeAlias
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
-from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.flows import operation_name
 from tdconcepts.hooks.programs import Programs
 from tdconcepts.hooks.rules import Convention, Rule, Rules, check_convention
 from tdconcepts.hooks.sites import Site, module_paths, places
-from tdconcepts.lrp.kinds import PLAIN, operation_of
+from tdconcepts.lrp.kinds import ELEMENTWISE, PLAIN, is_operation, operation_of
 from tdconcepts.lrp.passing import IgnoreRule
 from tdconcepts.tunables import Replaceable
 
@@ -45,7 +45,7 @@ class Composite(Replaceable):
         plain: names of operations whose gradient is right: reshapes, sums, selections.
 
     Raises:
-        BadKey: when bound, a path that matches nothing.
+        BadKey: an operation that torch does not have; when bound, a path that matches nothing.
         BadValue: when bound, a parametrised module without a rule, rules of two conventions, or no match at all.
 
     Examples:
@@ -72,12 +72,27 @@ class Composite(Replaceable):
                 "no such choice", got=f"on_missing={self.on_missing!r}", needed='"raise", "warn", "gradient"'
             )
         pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
-        object.__setattr__(self, "rules", tuple((kind, rule) for kind, rule in pairs))
-        for kind, rule in (*self.rules, *self.operations.items(), *([self.first] if self.first else [])):
+        pairs = tuple(pairs) if isinstance(pairs, Iterable) else (pairs,)
+        if not all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in (*pairs, *([self.first] if self.first else []))
+        ):
+            raise BadType(
+                "no rules for kinds of modules",
+                got=repr(self.rules if self.first is None else (self.rules, self.first)),
+                needed="{kind: rule}, or a Composite; first=(kind, rule)",
+                fix="{nn.Linear: EpsilonRule()}",
+            )
+        object.__setattr__(self, "rules", pairs)
+        for kind, rule in (*pairs, *self.operations.items(), *([self.first] if self.first else [])):
             if rule is not None and not isinstance(rule, Rule):
                 raise BadType(f"no rule for {kind!r}", got=repr(rule), needed="a rule, such as EpsilonRule()")
         named = {k if isinstance(k, str) else operation_name(k): rule for k, rule in self.operations.items()}
         object.__setattr__(self, "operations", named)
+        for name in named:
+            if not is_operation(name):
+                raise BadKey(
+                    f"torch has no operation {name!r}", needed=nearest(name, ELEMENTWISE + tuple(sorted(PLAIN)))
+                )
 
     def __or__(self, other: Composite | Mapping[Kind, Rule]) -> Composite:
         """This composite, with what ``other`` says on top; convention and ``on_missing`` stay."""

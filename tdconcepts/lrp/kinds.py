@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import batchnorm, pooling
 
@@ -13,6 +14,7 @@ __all__ = [
     "activation",
     "average",
     "batch_norm",
+    "is_operation",
     "operation_of",
     "rms_norm",
 ]
@@ -266,6 +268,20 @@ def average(layer: Any) -> bool:
 def rms_norm(layer: Any) -> bool:
     """An RMS norm: torch's, or a module of that name."""
     return isinstance(layer, nn.RMSNorm) or type(layer).__name__.endswith("RMSNorm")
+
+
+def is_operation(name: str) -> bool:
+    """Whether torch has a function of this name, as :func:`~tdconcepts.hooks.flows.operation_name` gives names.
+
+    Examples:
+        >>> is_operation("matmul"), is_operation("getitem"), is_operation("special_i0"), is_operation("matmull")
+        (True, True, True, False)
+    """
+    group, _, inner = name.partition("_")
+    spelled = (name, f"__{name}__", f"{name}_")
+    if name in PLAIN or any(hasattr(place, word) for place in (torch, torch.Tensor, nn.functional) for word in spelled):
+        return True
+    return bool(inner) and hasattr(getattr(torch, group, None), inner)
 
 
 def operation_of(layer: nn.Module) -> str:

@@ -103,6 +103,13 @@ def test_nothing_matches():
 def test_bad_input():
     with pytest.raises(BadType, match="a rule, such as"):
         Composite({nn.Linear: "epsilon"})
+    for wrong in (lambda: Composite([nn.Linear]), lambda: Composite(3), lambda: EpsilonPlus() | (lambda m: None)):
+        with pytest.raises(BadType, match="no rules for kinds"):
+            wrong()
+    with pytest.raises(BadType, match="no rules for kinds"):
+        Composite({nn.Linear: EpsilonRule()}, first=FlatRule())
+    with pytest.raises(BadKey, match=r"no operation 'reshap'[\s\S]*'reshape'"):
+        Composite(operations={"reshap": EpsilonRule()})
     with pytest.raises(BadValue, match="on_missing"):
         Composite(on_missing="ignore")
     with pytest.raises(BadValue, match="no such convention"):
