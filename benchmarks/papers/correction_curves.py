@@ -6,8 +6,8 @@ Figure 4 of Concept Bottleneck Models (Koh et al. 2020) and figure 6 of Concept 
 al. 2022) need data sets that have to be downloaded. Here scikit-learn's 1797 digits are read by the seven segments that
 a calculator would light; 15 images of each digit are trained on, and k = 0 to 7 segments of each of the others are then
 corrected, those that a policy puts first. The bottleneck learns with and without true concepts in the head's input
-(RandInt, p = 0.25), the embedding model with them. Printed: the mean accuracy over the splits for each k, in percent, and
-its area.
+(RandInt, p = 0.25), the embedding model with them. Printed: the mean accuracy over the splits for each k, in percent,
+and its area.
 """
 
 import argparse
