@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, nearest
@@ -196,7 +196,8 @@ def _stages(network: str, module: TensorDictModuleBase) -> list[Stage]:
         below = [m for m in inner.modules() if m is not inner and isinstance(m, TensorDictModuleBase)]
         if not isinstance(inner, TensorDictModuleBase) or below:
             continue
-        held = {id(m) for m in inner.modules() if m is not inner and not m._modules}
+        layers = (m for m in inner.modules() if m is not inner and not isinstance(m, TensorDictParams))
+        held = {id(m) for m in layers if not m._modules}
         wrapped = inner._modules.get("module")
         alone = isinstance(wrapped, nn.Module) and not wrapped._modules  # the stage is the layer, under its own path
         sites = (path,) if alone else tuple(p for p, m in paths.items() if id(m) in held)

@@ -76,6 +76,14 @@ def test_a_shared_trunk():
     assert len(both) == 3
 
 
+def test_a_multi_agent_net_has_its_layers():
+    modules = pytest.importorskip("torchrl.modules")
+    net = modules.MultiAgentMLP(4, 2, n_agents=3, centralized=False, share_params=False, num_cells=[8])
+    (stage,) = agent_stages(TensorDictModule(net, ["observation"], ["action_value"])).stages
+    assert stage.kind == "MultiAgentMLP"
+    assert stage.sites == ("_empty_net.0", "_empty_net.1", "_empty_net.2")
+
+
 def test_networks_behind_a_ppo_loss():
     actor, _ = continuous()
     objectives, modules = pytest.importorskip("torchrl.objectives"), pytest.importorskip("torchrl.modules")
