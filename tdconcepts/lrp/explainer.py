@@ -8,6 +8,7 @@ import torch  # noqa: F401 - the examples use it
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import Options, Site, Target, dispatch_rows
@@ -143,7 +144,15 @@ class LRP(Replaceable, TensorDictModuleBase):
         this, by_point = self._explaining, self.convention == "gradient"
         width = this.width(td) if self.report is None else 1  # the report adds up numbers, one target after the other
         with self._conditions.acting(), differentiable_once_more(this.create_graph):
-            pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=width)
+            try:
+                pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=width)
+            except CheckpointError as error:
+                raise BadValue(
+                    "the model recomputes activations in its backward pass, where no rule sees them",
+                    got="torch.utils.checkpoint",
+                    needed="a forward that keeps them",
+                    fix="model.gradient_checkpointing_disable(), or model.eval() if that ends it",
+                ) from error
         several = pulled.values.ndim > td.batch_dims
         results: dict[NestedKey, Tensor] = {}
         for key, flow, point in zip(this.attribution_keys, pulled.gradients, pulled.points, strict=True):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from lrp.nets import TransformerBlock, as_td
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -250,6 +251,20 @@ def test_the_settings_of_the_composite():
         plain.replace(epsylon=1.0)
     with pytest.raises(BadValue):
         plain.replace(epsilon=-1.0)
+
+
+class Recomputed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(torch.utils.checkpoint.checkpoint(lambda x: self.a(x).relu(), x, use_reentrant=False))
+
+
+def test_activations_that_are_recomputed():
+    with pytest.raises(BadValue, match="recomputes activations"):
+        explained(as_td(Recomputed().double()), EpsilonPlus(), Target("logits", 0), batch(mlp))
 
 
 class Residual(nn.Module):
