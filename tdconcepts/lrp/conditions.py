@@ -73,7 +73,7 @@ class Conditions:
         rules: the rules.
         condition: ``{site: units}``, or a list of these, which are explained together, each for itself. Units are ints,
             or the key of an entry with a mask ``[*B, C]`` or with unit numbers ``[*B]``, so that each row has its own,
-            or such a tensor. They count along the first dim of a row.
+            or such a tensor, or a mask in the shape of a row (of tokens, say). They count along the first dim of a row.
 
     Raises:
         BadType: for what is no mapping from sites. BadValue: at the call, for units that are not there.
@@ -101,6 +101,13 @@ class Conditions:
         self.rules = rules
         self.conditions = [{Site.parse(site): units for site, units in one.items()} for one in given]
         for site, units in ((site, units) for one in self.conditions for site, units in one.items()):
+            if site.index is not None:
+                raise BadValue(
+                    "a condition on a part of a site",
+                    got=str(site),
+                    needed="units of a row's first dim, or a mask in the shape of a row",
+                    fix=f"{{Site({site.path!r}): mask}}",
+                )
             if isinstance(units, (list, range)) and not _are_units(units):
                 raise BadType(
                     f"not units of {site}",
@@ -188,11 +195,14 @@ class _Mask:
             if untransformed(given) and given.numel() and (int(given.min()) < 0 or int(given.max()) >= count):
                 raise self._no_unit([int(given.min()), int(given.max())], count)
             given = nn.functional.one_hot(given.long(), count)
+        row = value.shape[n:]
+        if len(row) > 1 and given.shape in (row, (*lead, *row)):
+            return given.to(value.dtype).reshape(*(lead if given.ndim > len(row) else (1,) * n), *row)
         if given.shape[-1:] != (count,) or given.shape[:-1].numel() not in (1, lead.numel()):
             raise BadValue(
                 f"no mask of the units of {self.name!r}",
                 got=f"shape {list(given.shape)}",
-                needed=f"{[*lead, count]}, or unit numbers of shape {list(lead)}",
+                needed=f"{[*lead, count]} or {list(row)}, or unit numbers of shape {list(lead)}",
             )
         rows = lead if given.shape[:-1].numel() == lead.numel() else (1,) * n
         return given.to(value.dtype).reshape(*rows, count, *rest)

@@ -97,6 +97,18 @@ def test_deltas(net, td):
     assert out["convergence_delta", "x"].allclose(added)
 
 
+def test_masks_in_the_shape_of_a_row(net, td):
+    channel = torch.zeros(4, 3, 3)
+    channel[2] = 1
+    wanted = explained(net, td, condition={Site("0"): [2]})
+    assert explained(net, td, condition={Site("0"): channel}).equal(wanted)
+    td["mask"] = channel.bool().expand(3, 4, 3, 3)
+    assert explained(net, td, condition={Site("0"): "mask"}).equal(wanted)
+    pixels = torch.rand(4, 3, 3).round()
+    parts = [explained(net, td, condition={Site("0"): mask}) for mask in (pixels, 1 - pixels)]
+    assert (parts[0] + parts[1]).allclose(explained(net, td))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("convention", ["gradient", "relevance"])
 def test_in_front_of_a_flat_layer(net, td, convention):
@@ -111,6 +123,8 @@ def test_bad_input(net, td):
         explained(net, td, condition={Site("0"): [[0], [1]]})
     with pytest.raises(BadType, match="not a condition"):
         explained(net, td, condition=[])
+    with pytest.raises(BadValue, match="a part of a site"):
+        explained(net, td, condition={"0[1]": [0]})
     with pytest.raises(BadValue, match="several targets under several conditions"):
         LRP(net, EpsilonPlus(), Target("logits", [0, 1]), condition=[{"0": 1}, {"0": 2}])(td.copy())
     td["unit"], td["wide"] = torch.tensor([4, 0, 0]), torch.ones(3, 7)
