@@ -99,13 +99,24 @@ def elementwise(call: Comparison, epsilon: float) -> Tensor:
     x = inputs[0]
     x0 = call.base.args[next(i for i, t in enumerate(call.args) if t is x)]
     a, b, c, d = (call.constant(t) for t in (x, x0, y, y0))
-    step = a - b
-    noise = torch.finfo(y.dtype).eps ** 0.75 * (a.abs() + b.abs() + c.abs() + d.abs())
-    near = step.abs() <= noise.clamp(min=epsilon)
-    ratio = torch.where(near, 0.0, (c - d) / torch.where(near, 1.0, step))
-    if untransformed(near) and not bool(near.any()):
-        return backward_by(_times, y, [x], ratio, keep=False)
+    tiny = torch.finfo(y.dtype).eps ** 0.75
+    if call.points is None and untransformed(a):  # the same with less memory, and a look at the numbers
+        step, size = a - b, a.abs().add_(b.abs())
+        size = size if call.name in _THROUGH_ZERO else size.add_(c.abs()).add_(d.abs())
+        near, ratio = step.abs() <= size.mul_(tiny).clamp_(min=epsilon), (c - d).div_(step)
+        if not bool(near.any()):
+            return backward_by(_times, y, [x], ratio, keep=False)
+        ratio.masked_fill_(near, 0.0)
+    else:
+        step, size = a - b, a.abs() + b.abs()
+        size = size if call.name in _THROUGH_ZERO else size + c.abs() + d.abs()
+        near = step.abs() <= (tiny * size).clamp(min=epsilon)
+        ratio = torch.where(near, 0.0, (c - d) / torch.where(near, 1.0, step))
     return backward_by(_times_or_gradient, y, [x, y], ratio, near, keep=False)
+
+
+# f(0) = 0 and |f'| is about 1 at most: the rounding of y is not larger than that of x.
+_THROUGH_ZERO = frozenset(["relu", "relu6", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "hardtanh", "tanh"])
 
 
 def _times(flow: Tensor, ratio: Tensor) -> tuple[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tdconcepts.hooks.flows import backward_by
@@ -33,7 +32,8 @@ class GuidedBackpropRule(Rule):
 
     def carry(self, call: Call) -> Tensor:
         """A ReLU."""
-        return backward_by(_guided, call.output, rectified(self, call))
+        rectified(self, call)
+        return backward_by(_positive, call.output, [call.output], keep=False)  # and then its own backward pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DeconvNetRule(Rule):
 
     def carry(self, call: Call) -> Tensor:
         """A ReLU."""
-        return backward_by(_deconv, call.output, rectified(self, call), keep=False)
+        return backward_by(_positive, call.output, rectified(self, call), keep=False)
 
 
 def rectified(rule: Rule, call: Call) -> list[Tensor]:
@@ -70,9 +70,5 @@ def rectified(rule: Rule, call: Call) -> list[Tensor]:
     return inputs
 
 
-def _guided(flow: Tensor, x: Tensor) -> tuple[Tensor]:
-    return (torch.where(x > 0, flow.clamp(min=0), 0.0),)
-
-
-def _deconv(flow: Tensor) -> tuple[Tensor]:
+def _positive(flow: Tensor) -> tuple[Tensor]:
     return (flow.clamp(min=0),)
