@@ -174,7 +174,9 @@ def test_bad_builds(build, error, text):
 def test_bad_calls():
     model = network()
     hooked = Intervention(GroundTruth("labels"), at=Site("0.3")).on(model)
+    td = data(5).exclude("labels")
     with pytest.raises(BadKey, match="'labels'"):
-        hooked(data(5).exclude("labels"))
+        hooked(td)
+    assert set(td.keys(True, True)) == {"x"}  # it is seen before the model runs
     with hooked, pytest.raises(BadKey, match="TensorDict"):
         model[0].module(data(5)["x"])

@@ -99,6 +99,16 @@ def test_affordable_mask_is_the_definition(case):
     assert affordable_mask(*given_).tolist() == expected
 
 
+def test_ties_go_by_index_in_long_rows_too():
+    """Where a sort that is not stable shuffles them."""
+    score = torch.randint(0, 3, (20, 200), generator=torch.Generator().manual_seed(0)).float()
+    allowed, costs = score >= 0, torch.ones(200)
+    expected = torch.tensor([slow(row, 50) for row in score])
+    assert torch.equal(counted_mask(score, allowed, torch.full((20,), 50)), expected)
+    assert torch.equal(counted_mask(score, allowed, 50), expected)
+    assert torch.equal(affordable_mask(score, allowed, costs, torch.full((20,), 50.0)), expected)
+
+
 def test_a_budget_of_tenths_buys_as_many_tenths():
     """0.3 - 0.1 - 0.1 is below 0.1 in floating point."""
     score = torch.arange(5.0)

@@ -45,13 +45,14 @@ def data(*batch, dtype=torch.float32):
 
 def slow(model, td, k, costs=None, budget=None):
     """Row by row: gradient at the corrected concepts, the largest one that is left (and can be paid for)."""
-    orders, masks = [], []
+    orders, masks, scores = [], [], []
     for row in range(len(td)):
         concepts = model[0](td[row].clone())["concepts"].detach()
-        left, order = budget, [-1] * 5
+        left, order, score = budget, [-1] * 5, [0.0] * 5
         for step in range(k):
             point = concepts.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(model[1].module(point)[1], point)
+            score = [abs(gradient[i].item()) if order[i] < 0 else score[i] for i in range(5)]
             open_ = [i for i in range(5) if order[i] < 0 and (budget is None or costs[i] <= left + 1e-9)]
             if not open_:
                 break
@@ -61,7 +62,8 @@ def slow(model, td, k, costs=None, budget=None):
             concepts[best] = td["labels"][row, best].to(concepts)
         orders.append(order)
         masks.append([place >= 0 for place in order])
-    return orders, masks
+        scores.append(score)
+    return orders, masks, scores
 
 
 def greedy(**select):
@@ -73,9 +75,11 @@ def greedy(**select):
 @pytest.mark.parametrize("k", [0, 1, 3, 5])
 def test_it_is_the_slow_loop(k):
     td = greedy(k=k)(data(7, dtype=torch.float64))
-    orders, masks = slow(network(torch.float64), data(7, dtype=torch.float64), k)
+    orders, masks, scores = slow(network(torch.float64), data(7, dtype=torch.float64), k)
     assert td["intervention", "order"].tolist() == orders
     assert td["intervention", "mask"].tolist() == masks
+    if k:
+        torch.testing.assert_close(td["intervention", "score"], torch.tensor(scores, dtype=torch.float64))
     shaped = greedy(k=k)(data(7, dtype=torch.float64).reshape(7, 1))
     assert shaped["intervention", "order"].squeeze(1).tolist() == orders
 
@@ -83,7 +87,7 @@ def test_it_is_the_slow_loop(k):
 def test_a_budget_is_spent_step_by_step():
     costs = [1.0, 2.0, 0.5, 1.0, 3.0]
     td = greedy(budget=2.5, cost=costs)(data(7, dtype=torch.float64))
-    orders, masks = slow(network(torch.float64), data(7, dtype=torch.float64), 5, costs, 2.5)
+    orders, masks, _ = slow(network(torch.float64), data(7, dtype=torch.float64), 5, costs, 2.5)
     assert td["intervention", "order"].tolist() == orders
     assert td["intervention", "mask"].tolist() == masks
 
