@@ -22,6 +22,7 @@ class GuidedBackpropRule(Rule):
     Source: Springenberg et al., *Striving for simplicity*, 2015.
 
     Examples:
+        >>> import torch
         >>> x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
         >>> with GuidedBackpropRule().on(torch.nn.ReLU()) as m:
         ...     torch.autograd.grad(m(x), x, torch.tensor([1.0, 1.0, -1.0]))[0]
@@ -45,6 +46,7 @@ class DeconvNetRule(Rule):
     Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014.
 
     Examples:
+        >>> import torch
         >>> x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
         >>> with DeconvNetRule().on(torch.nn.ReLU()) as m:
         ...     torch.autograd.grad(m(x), x, torch.tensor([1.0, 1.0, -1.0]))[0]
