@@ -228,3 +228,11 @@ def test_pixels_and_duelling():
     value = q(x)
     slow = value.gather(-1, td["action"].unsqueeze(-1)).squeeze(-1) - value.mean(-1)
     torch.testing.assert_close(found, torch.autograd.grad(slow.sum(), x)[0])
+
+
+def test_they_compile():
+    td, _ = rows(2, batch=(5,))
+    policy = discrete()
+    explain = Gradient(policy, log_prob(policy), wrt="observation")
+    compiled = torch.compile(explain, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(td.copy())[KEY], explain(td.copy())[KEY])
