@@ -76,6 +76,22 @@ def test_a_shared_trunk():
     assert len(both) == 3
 
 
+def test_an_actor_and_its_critic():
+    modules = pytest.importorskip("torchrl.modules")
+    _, critic = continuous()
+    actor = TensorDictModule(nn.Linear(4, 2), ["observation"], ["action"])
+    found = agent_stages(modules.ActorCriticWrapper(actor, critic))
+    assert list(found) == ["agent", "policy", "value"]
+    assert (found["policy"], found["value"]) == (actor, critic)
+    assert found.latents == ["action"]
+    td = TensorDict(observation=torch.randn(3, 4), action=torch.rand(3, 2), batch_size=[3])
+    one = Gradient(found["value"], Target("state_action_value"), wrt="observation")(td.copy())
+    whole = Gradient(found["agent"], Target("state_action_value"), wrt="observation")(td.copy())  # through the action
+    key = ("attribution", "observation")
+    through = critic.module.net.weight[0, 4:] @ actor.module.weight
+    torch.testing.assert_close(whole[key] - one[key], through.detach().expand(3, 4))
+
+
 def test_a_multi_agent_net_has_its_layers():
     modules = pytest.importorskip("torchrl.modules")
     net = modules.MultiAgentMLP(4, 2, n_agents=3, centralized=False, share_params=False, num_cells=[8])
