@@ -176,7 +176,7 @@ def test_bad_calls():
     hooked = Intervention(GroundTruth("labels"), at=Site("0.3")).on(model)
     td = data(5).exclude("labels")
     with pytest.raises(BadKey, match="'labels'"):
-        hooked(td)
+        Intervention(GroundTruth("labels"), at=Site("1")).on(model)(td)
     assert set(td.keys(True, True)) == {"x"}  # it is seen before the model runs
     with hooked, pytest.raises(BadKey, match="TensorDict"):
         model[0].module(data(5)["x"])
