@@ -5,6 +5,7 @@ import torch
 from sklearn import decomposition
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import NearestNeighbors
+from tdhook.latent.dimension_estimation import LocalPcaDimensionEstimator
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -86,27 +87,31 @@ def test_cross_validation(compare):
     compare("cross-validation in 5 folds / 5 fits and scores", ours, theirs, td, [], tolerance=2e-3)
 
 
-@pytest.mark.parametrize("reference", ["scikit-learn's PCA", "svdvals"])
+@pytest.mark.parametrize("reference", ["TDHook, which loops", "scikit-learn's PCA in a loop", "svdvals in a loop"])
 def test_local_pca(compare, reference):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, 3, generator=generator) @ torch.randn(3, 32, generator=generator)
     td = TensorDict(x=x + 0.01 * torch.randn(1000, 32, generator=generator), batch_size=[1000])
 
+    tdhook = LocalPcaDimensionEstimator(k=20, criterion="ratio", in_key="x")
+
     def by_point(td):
+        if reference.startswith("TDHook"):
+            return [tdhook(TensorDict(x=td["x"].double(), batch_size=[]))["dimension"].float()]
         x = td["x"].double()
         places = torch.from_numpy(NearestNeighbors(n_neighbors=21).fit(x.numpy()).kneighbors(x.numpy())[1])
         found = []
         for place in places:
             points = x[place]
-            if reference == "svdvals":
+            if reference.startswith("svdvals"):
                 values = torch.linalg.svdvals(points - points.mean(0)) ** 2
             else:
                 values = torch.from_numpy(decomposition.PCA().fit(points.numpy()).explained_variance_)
             found.append((values >= 0.05 * values[0]).sum())
         return [torch.stack(found).float()]
 
-    aim = {"faster": 30} if reference != "svdvals" else {}
-    name = f"local PCA, 1000 points in 32-D / {reference} point by point"
+    aim = {"faster": 30} if reference.startswith("TDHook") else {}
+    name = f"local PCA, 1000 points in 32-D / {reference}"
     compare(name, LocalPCA("x"), by_point, td, [("dimension", "x")], **aim)
 
 

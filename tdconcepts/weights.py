@@ -37,6 +37,11 @@ class Masked:
 
     mask: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.mask,)
+
     def __call__(self, parameter: Tensor) -> Tensor:
         return torch.where(self.mask.to(parameter.device), parameter, torch.zeros_like(parameter))
 
@@ -52,6 +57,11 @@ class Shifted:
 
     delta: Tensor
     scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.delta,)
 
     def __call__(self, parameter: Tensor) -> Tensor:
         return parameter + self.scale * self.delta.to(parameter)
@@ -69,6 +79,11 @@ class LowRank:
     left: Tensor
     right: Tensor
     scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.left, self.right)
 
     def __call__(self, parameter: Tensor) -> Tensor:
         delta = self.left.to(parameter) @ self.right.to(parameter)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tdconcepts.attribution import IntegratedGradients
 from tdconcepts.errors import BadKey, BadValue
-from tdconcepts.hooks import Target
+from tdconcepts.hooks import Target, Weights
 from tdconcepts.hooks.sites import parameter_paths
 from tdconcepts.lrp import LRP, EpsilonPlus
 from tdconcepts.weights import LoRA, LowRank, Masked, Shifted, TaskVector, prune
@@ -165,6 +165,39 @@ def test_adapters_learn_and_the_model_stays():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with lora.task_vector(net).on(net) as m:
         torch.testing.assert_close(m(td.clone())["y"], learned)
+
+
+def test_what_has_not_changed_is_not_computed_again():
+    net, td = make()
+    net.requires_grad_(False)
+    mask = torch.ones(8, 4, dtype=torch.bool)
+    made = []
+
+    class Counted(Masked):
+        def __call__(self, parameter):
+            made.append(1)
+            return super().__call__(parameter)
+
+    with Weights({"0.weight": Counted(mask)}).on(net) as m:
+        first = m(td.clone())["y"]
+        assert torch.equal(m(td.clone())["y"], first)
+        assert torch.equal(net(td.clone())["y"], first)
+        assert len(made) == 1
+        mask[0] = False
+        second = m(td.clone())["y"]
+        assert not torch.equal(second, first)
+        net.module[0].weight.mul_(2.0)
+        assert not torch.equal(m(td.clone())["y"], second)
+        assert len(made) == 3
+        doubled = m(td.clone())["y"]
+        with Weights({"0.weight": lambda w: w + 1}).on(net):
+            inner = net(td.clone())["y"]
+        expected = written(net, {"0.weight": lambda w: torch.where(mask, w, 0.0) + 1})
+        torch.testing.assert_close(inner, expected(td.clone())["y"])
+        assert torch.equal(m(td.clone())["y"], doubled)
+    with Weights({"0.weight": lambda w: w + 1}).on(net), m:
+        expected = written(net, {"0.weight": lambda w: torch.where(mask, w + 1, 0.0)})
+        torch.testing.assert_close(m(td.clone())["y"], expected(td.clone())["y"])
 
 
 def test_kernels_count_as_inputs():

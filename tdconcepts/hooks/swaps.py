@@ -7,10 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks.contexts import active
+from tdconcepts.hooks.flows import untransformed
 from tdconcepts.hooks.plans import Bound, Step
 from tdconcepts.hooks.programs import _Adds
 from tdconcepts.hooks.sites import Place, Site, parameter_paths
@@ -26,9 +29,10 @@ class Weights(_Adds):
 
     Args:
         changes: for each parameter, by its name without the ``module.`` layers that TensorDict adds (``"0.weight"``),
-            what is made of it: :class:`Masked`, :class:`Shifted`, :class:`LowRank`, or any callable that gives a tensor
-            of the same shape. Names may be globs, as in ``"blocks.*.weight"``. A parameter under two names has one
-            change.
+            what is made of it: a callable that gives a tensor of the same shape, such as those of
+            ``tdconcepts.weights``. One with an attribute ``tensors`` is a function of these and the parameter alone,
+            and is called again only when one of them has changed. Names may be globs, as in ``"blocks.*.weight"``. A
+            parameter under two names has one change.
 
     Raises:
         BadKey: from :meth:`on`: a name that matches nothing, or two changes of one parameter.
@@ -80,6 +84,7 @@ class _Swap:
     def __setstate__(self, found: list[tuple[nn.Parameter, str, Change]]) -> None:
         self.found = found
         self.places = {id(parameter): i for i, (parameter, _, _) in enumerate(found)}  # others in a copy
+        self.held: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, tree: Any, run: Any, given: Any) -> Any:
         return tree
@@ -93,7 +98,7 @@ class _Swap:
     def _swapped(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
             i = self._place(value)
-            return value if i is None else self._changed(*self.found[i])
+            return value if i is None else self._changed(i)
         if type(value) in (list, tuple):
             return type(value)([self._swapped(part) for part in value])
         return value
@@ -103,12 +108,36 @@ class _Swap:
             return next((i for i, (parameter, _, _) in enumerate(self.found) if parameter is value), None)
         return self.places.get(id(value))
 
-    def _changed(self, parameter: nn.Parameter, name: str, change: Change) -> Tensor:
+    def _changed(self, i: int) -> Tensor:
+        """The changed tensor: that of the last time, where it is a function of tensors that are as they were."""
+        parameter, name, change = self.found[i]
+        tensors = getattr(change, "tensors", None)
+        if tensors is None or not _still((parameter, *tensors)):
+            return self._made(parameter, name, change)
+        versions = tuple([tensor._version for tensor in (parameter, *tensors)])
+        held = self.held.get(i)
+        if held is None or held[0] != (*versions, held[1]._version):
+            new = self._made(parameter, name, change)
+            self.held[i] = held = ((*versions, new._version), new)
+        return held[1]
+
+    def _made(self, parameter: nn.Parameter, name: str, change: Change) -> Tensor:
         new = change(parameter)
         if not isinstance(new, Tensor) or new.shape != parameter.shape:
             got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise BadValue(f"the change of {name!r} gives another shape", got=got, needed=list(parameter.shape))
         return new if new.dtype == parameter.dtype else new.to(parameter.dtype)
+
+
+def _still(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether nothing but these tensors matters: no graph, no transform, no other context's changes around this one."""
+    if is_compiling() or not all(map(untransformed, tensors)):
+        return False
+    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
+        return False  # these have no versions
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return sum(len(run.plan.swaps) for run in active()) == 1
 
 
 # What is asked of a parameter and not computed with it; its place in memory is its own.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import NestedKey, as_key, as_keys, join
-from tdconcepts.representations.sets import SetStage, check_count, neighbourhoods, neighbours
+from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbourhoods, neighbours
 
 __all__ = ["CAPCA", "LocalKNN", "LocalPCA", "TwoNN", "ca_pca", "local_knn", "local_pca", "two_nn"]
 
@@ -98,7 +98,7 @@ def local_pca(x: Tensor, k: int = 20, criterion: Literal["ratio", "maxgap"] = "r
         got = f"criterion={criterion!r}, alpha={alpha}"
         raise BadValue("not a criterion", got=got, needed='"ratio" or "maxgap", alpha in (0, 1)')
     check_count(x, k + 1, f"{k} neighbours")
-    values = _spectra(x, neighbours(x, k)[1])
+    values = _spectra(x, nearest(x, k))
     if criterion == "ratio":
         return (values >= alpha * values[..., :1]).sum(-1).to(values.dtype)
     real = values > _EXACT * values[..., :1]

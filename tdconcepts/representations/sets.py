@@ -16,7 +16,7 @@ from tdconcepts.hooks.calling import missing_entries
 from tdconcepts.keys import NestedKey, as_keys, check_writable, key_text
 from tdconcepts.representations.reading import check_keys, features, finite
 
-__all__ = ["SetStage", "check_count", "neighbourhoods", "neighbours", "squared"]
+__all__ = ["SetStage", "check_count", "nearest", "neighbourhoods", "neighbours", "squared"]
 
 _ELEMENTS = 2**22  # distances at once
 
@@ -115,8 +115,7 @@ def check_count(x: Tensor, least: int, what: str) -> None:
 def neighbours(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest other points of each point: distances ``[..., N, k]``, ascending, and positions.
 
-    Candidates are found by products of matrices, a block of rows at a time, and their distances computed anew from the
-    differences, so that duplicates are at a distance of exactly zero.
+    Distances are computed anew from the differences, so that duplicates are at a distance of exactly zero.
 
     Args:
         x: sets of points ``[..., N, F]``.
@@ -127,29 +126,44 @@ def neighbours(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         >>> far.flatten().tolist(), who.flatten().tolist()
         ([1.0, 1.0, 2.0], [1, 0, 1])
     """
+    place = nearest(x, k)
+    step = max(1, _ELEMENTS // max(1, x[..., :1, :].numel() * k))
+    far = [
+        (_gathered(x, some) - points.unsqueeze(-2)).norm(dim=-1)
+        for some, points in zip(place.split(step, -2), x.split(step, -2), strict=True)
+    ]
+    distance, order = torch.cat(far, -2).sort(dim=-1, stable=True)
+    return distance, place.gather(-1, order)
+
+
+def nearest(x: Tensor, k: int) -> Tensor:
+    """The positions of the ``k`` nearest other points ``[..., N, k]``, in no order.
+
+    They are found by products of matrices, a block of rows at a time: points that are as near as the rounding of their
+    squares may stand for each other.
+    """
     check_count(x, k + 1, f"{k} neighbours")
     x = x - x.mean(-2, keepdim=True)
-    distances, places = [], []
-    for some, square in squared(x):
+    places = []
+    for some, square in squared(x, own=False):
         here = torch.arange(some.start, some.stop, device=x.device)
         square[..., here - some.start, here] = torch.inf
-        place = square.topk(k, largest=False).indices
-        nearest = _gathered(x, place)
-        distance, order = (nearest - x[..., some, :].unsqueeze(-2)).norm(dim=-1).sort(dim=-1, stable=True)
-        distances.append(distance)
-        places.append(place.gather(-1, order))
-    return torch.cat(distances, -2), torch.cat(places, -2)
+        places.append(square.topk(k, largest=False, sorted=False).indices)
+    return torch.cat(places, -2)
 
 
-def squared(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances of blocks of points to all points, ``[..., block, N]``, each with its slice."""
+def squared(x: Tensor, own: bool = True) -> Iterator[tuple[slice, Tensor]]:
+    """Squared distances of blocks of points to all points, ``[..., block, N]``, each with its slice.
+
+    Without ``own`` less each block's own square, which is the same for the whole row.
+    """
     n = x.shape[-2]
     length = x.square().sum(-1)
     step = max(1, _ELEMENTS // max(1, length.numel()))
     for first in range(0, n, step):
         some = slice(first, min(n, first + step))
-        products = x[..., some, :] @ x.mT
-        yield some, (length[..., some, None] + length[..., None, :] - 2 * products).clamp(min=0.0)
+        square = ((-2.0 * x[..., some, :]) @ x.mT).add_(length[..., None, :])
+        yield some, square.add_(length[..., some, None]).clamp_(min=0.0) if own else square
 
 
 def _gathered(x: Tensor, place: Tensor) -> Tensor:
