@@ -47,6 +47,15 @@ def test_draws_have_the_mean_and_the_covariance_that_are_written(covariance):
     torch.testing.assert_close(draws.T.cov(), root @ root.T, atol=0.03, rtol=0)
 
 
+def test_the_factor_of_the_covariance_one_entry_at_a_time():
+    model, z = stochastic("full", draw="never"), torch.randn(4)
+    raw, scale = model.scale(z).reshape(3, 3), model(latent=z)[1]
+    for i in range(3):
+        for j in range(3):
+            expected = raw[i, j] if j < i else F.softplus(raw[i, i]) + 1e-3 if i == j else torch.tensor(0.0)
+            torch.testing.assert_close(scale[i, j], expected)
+
+
 def test_a_draw_is_reparameterised_by_hand():
     model, x = stochastic(generator=torch.Generator().manual_seed(1)), torch.randn(5, 4)
     noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
