@@ -35,11 +35,11 @@ class Intervention:
     more dims, all but the last are rows). Sums act in the order of addition, a later one on what an earlier one wrote,
     and take captures and patches too. At a site, a policy's gradient is that of the unchanged model.
 
-    =======  ===========================================================  =================
-    reads    the model's ``in_keys``, and what policy and strategy read
-    writes   the model's ``out_keys``
-    writes   ``(out_key, "score")``, ``"mask"``, ``"value"``, ``"before"``  ``[*B, C]``
-    =======  ===========================================================  =================
+    =======  ================================================================  =================
+    reads    the model's ``in_keys``, and what policy and strategy read        as they do
+    writes   the model's ``out_keys``                                          as it does
+    writes   ``(out_key, "score")``, ``"mask"``, ``"value"``, ``"before"``     ``[*B, C]``
+    =======  ================================================================  =================
 
     Args:
         strategy: as in :class:`~tdconcepts.interventions.InterventionPipeline`.
