@@ -73,7 +73,7 @@ def written(labels: Tensor, concepts: Tensor, splice: Splice, space: Space | Non
     if space == "onehot" and cardinalities is None:
         cardinalities = (columns,)
     if cardinalities is not None and sum(cardinalities) == columns and len(cardinalities) < columns:
-        labels = spread(labels, concepts, cardinalities, splice.continuous)
+        labels = spread(labels, concepts, cardinalities, splice)
     if labels.shape != concepts.shape:
         fix = "labels.unsqueeze(-1)" if labels.shape == concepts.shape[:-1] and columns == 1 else None
         raise BadValue(
@@ -93,9 +93,7 @@ def written(labels: Tensor, concepts: Tensor, splice: Splice, space: Space | Non
     return result if free is None else torch.where(free, probs, result)
 
 
-def spread(
-    states: Tensor, concepts: Tensor, cardinalities: Sequence[int], continuous: Sequence[bool] | None = None
-) -> Tensor:
+def spread(states: Tensor, concepts: Tensor, cardinalities: Sequence[int], splice: Splice | None = None) -> Tensor:
     """``states [*B, K]`` (``[*B]`` for one concept) to columns ``[*B, C]``; what has C columns already is left alone.
 
     A binary concept's state is its label, a continuous one's its number; a state that is NaN makes NaN columns.
@@ -114,14 +112,16 @@ def spread(
     if states.shape != (*concepts.shape[:-1], len(cardinalities)):
         needed = f"{[*concepts.shape[:-1], len(cardinalities)]} states or {list(concepts.shape)} columns"
         raise BadValue("labels and concepts differ in shape", got=list(states.shape), needed=needed)
-    parts, column = [], 0
+    names = splice.names if splice is not None else None
+    kinds = (splice.kinds if splice is not None else None) or ()
+    parts = []
     for i, n in enumerate(cardinalities):
         state = states[..., i : i + 1]
-        if continuous is None or not continuous[column]:
-            check_range(state, 0, max(n - 1, 1), f"the states of concept {i} do not exist")
+        if not kinds or kinds[i] != "continuous":
+            name = i if names is None else repr(names[i])
+            check_range(state, 0, max(n - 1, 1), f"the states of concept {name} do not exist")
             if n > 1 and state.is_floating_point():
-                check_range((state - state.round()).abs(), 0, 0, f"the states of concept {i} are no whole numbers")
-        column += n
+                check_range((state - state.round()).abs(), 0, 0, f"the states of concept {name} are no whole numbers")
         block = state.to(concepts) if n == 1 else (state == torch.arange(n, device=state.device)).to(concepts)
         parts.append(torch.where(state.isnan(), torch.nan, block) if state.is_floating_point() else block)
     return torch.cat(parts, dim=-1)

@@ -77,6 +77,12 @@ def test_labels_that_are_none(labels, text):
         written(labels, torch.zeros(1, 5), MIXED, "probs")
 
 
+def test_the_concept_is_named():
+    named = Splice(names=("wing", "colour"), cardinalities=(1, 3))
+    with pytest.raises(BadValue, match="the states of concept 'colour' do not exist"):
+        written(torch.tensor([[1, 3]]), torch.zeros(1, 4), named, "probs")
+
+
 def test_unknown_spaces():
     with pytest.raises(BadValue, match="'prob'"):
         as_space("prob")
