@@ -80,7 +80,7 @@ class ConceptLoss(BlockStage):
         targets = self.concepts.targets(entries[1], block)
         parts = [self._part(run, block, targets) for run in self.concepts.runs]
         losses, known = (p[0] if len(p) == 1 else torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
-        weights = self.weights.to(block.dtype) * known
+        weights = self.weights.to(block) * known
         total = (torch.where(known, losses, 0) * weights).sum(-1)
         return total if self.reduction == "sum" else total / weights.sum(-1).where(weights.any(-1), 1)
 

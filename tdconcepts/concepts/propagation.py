@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -158,14 +158,13 @@ class GraphPropagation(BlockStage):
         """What the entry of the concepts holds."""
         return "probs"
 
-    def compute(self, *entries: Tensor | None) -> tuple[Tensor, ...]:
+    def compute(self, *entries: Any) -> tuple[Tensor, ...]:
         context, do = entries
-        assert context is not None
         shape = (self.equations.width,) if isinstance(self.equations, LinearEquations) else context.shape[-2:]
         check_block(context, shape, self._read[0])
         if do is not None:
             check_block(do, (self.concepts.size,), self.optional_keys[0])
-            do = do.to(context.dtype) if self._in_order else do.to(context.dtype)[..., self.order]
+            do = do.to(context) if self._in_order else do.to(context)[..., self.order]
         if isinstance(self.equations, HyperEquations):
             check_block(context, (self.concepts.size, self.equations.width), self._read[0])
             context = context if self._in_order else context[..., self.order, :]
