@@ -88,8 +88,8 @@ class DeepLift(_Lifting, IntegratedGradients):
     What it writes sums to ``y(w) - y(w_0)``, for every operation that it follows: elementwise functions, softmax (as
     :math:`\exp(x - \log\sum e^x)`), max pooling and maxima (all to the larger maximum), products, quotients and matrix
     products of two values that both change (each at the mean of the other, the Shapley value of the two), layer, group
-    and RMS norms, ``nn.MultiheadAttention`` and ``scaled_dot_product_attention``. As modules or functions, in place or
-    not, as often as the model likes. A row gets what it gets alone.
+    and RMS norms, ``nn.MultiheadAttention`` and ``scaled_dot_product_attention``, LSTM and GRU. As modules or
+    functions, in place or not, as often as the model likes. A row gets what it gets alone.
 
     Baselines, joint entries, sites, ``"argmax"`` and several targets are as in :class:`IntegratedGradients`.
 
@@ -293,7 +293,7 @@ def _raise(name: str, reason: str) -> None:
     raise BadValue(
         f"DeepLIFT can't follow the operation {name!r}",
         got=reason,
-        needed="elementwise functions, softmax, maxima, products, quotients, norms, attention, linear operations",
+        needed="linear and elementwise functions, softmax, maxima, products, quotients, norms, attention, LSTM, GRU",
         fix='on_missing="gradient" takes its gradient; IntegratedGradients needs nothing but gradients',
     )
 

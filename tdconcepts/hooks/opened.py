@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks.plans import Run
+from tdconcepts.hooks.recurrences import gru, gru_cell, lstm, lstm_cell
 
 __all__ = ["OPENED", "Operates", "open_up"]
 
@@ -188,6 +189,10 @@ OPENED: Mapping[str, Callable[..., Any]] = {
     "glu": _glu,
     "normalize": _normalize,
     "norm": _norm,
+    "lstm": lstm,
+    "gru": gru,
+    "lstm_cell": lstm_cell,
+    "gru_cell": gru_cell,
     "addmm": _addmm,
     "baddbmm": _addmm,
 }

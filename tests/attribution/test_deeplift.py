@@ -150,6 +150,15 @@ def test_a_transformer_encoder_is_complete(first, frozen):
     assert found["attribution", "x"].abs().sum() > 0.1
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_recurrent_net_is_complete(kind):
+    layer, head = kind(4, 5, num_layers=2, batch_first=True).double(), nn.Linear(5, 3).double()
+    model = TensorDictModule(lambda x: head(layer(x)[0][:, -1]), ["x"], ["logits"])
+    found = DeepLift(model, Target("logits", [2, 0]), convergence_delta=True)(given(3, 6, 4))
+    assert found["convergence_delta", "x"].abs().max() < 1e-14
+    assert found["attribution", "x"].abs().sum() > 0.01
+
+
 @pytest.mark.parametrize("name", ["BertModel", "GPT2Model"])
 def test_hugging_face_at_the_embeddings(name):
     transformers = pytest.importorskip("transformers")
@@ -233,7 +242,6 @@ def test_bad_input(mlp):
         DeepLiftShap(mlp, target, baselines=rows, n_samples=0)
     with pytest.raises(BadValue, match="another shape"):
         DeepLiftShap(mlp, target, baselines=TensorDict(x=torch.zeros(2, 3), batch_size=[2]))(given(3, 4, base=False))
-    lstm = nn.LSTM(4, 3, batch_first=True).double()
-    model = TensorDictModule(lambda x: lstm(x)[0][:, -1], ["x"], ["logits"])
-    with pytest.raises(BadValue, match="can't follow the operation 'lstm'"):
-        DeepLift(model, target)(given(2, 5, 4))
+    model = TensorDictModule(lambda x: torch.cumprod(x, -1), ["x"], ["logits"])
+    with pytest.raises(BadValue, match="can't follow the operation 'cumprod'"):
+        DeepLift(model, target)(given(2, 5))
