@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tdconcepts.hooks.flows import backward_by, changed, depends, untransformed
+from tdconcepts.hooks.flows import backward_by, changed, depends, overwritable, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.hooks.twice import now
-from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
+from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, shared, stabilized
 
 __all__ = [
     "ConstantRule",
@@ -78,7 +78,9 @@ def _same(flow: Tensor) -> tuple[Tensor]:
 
 
 def _quotient(by: Stabilizing, flow: Tensor, x: Tensor, z: Tensor) -> tuple[Tensor]:
-    return (flow * (z / stabilized(x, by)),)
+    fresh = overwritable(flow)
+    ratio = shared(z, x, by, fresh)
+    return (ratio.mul_(flow) if fresh and ratio.shape == flow.shape else ratio * flow,)
 
 
 def _is_relu(call: Call) -> bool:
@@ -309,7 +311,7 @@ class PseudoIdentityRule(Rule):
         if _is_relu(call):
             return z
         x, saved = inputs[0], call.saved(z)
-        if untransformed(x) and not bool((x.detach().abs() <= self.epsilon).any()):
+        if untransformed(x) and (x.numel() == 0 or bool(x.detach().abs().amin() > self.epsilon)):
             return backward_by(functools.partial(_quotient, self.epsilon), z, [x], saved)
         return backward_by(functools.partial(_pseudo, self.epsilon), z, [x, z], x, saved, keep=False)
 

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, tensors
+from tdconcepts.hooks.flows import (
+    backward_by,
+    by_formula,
+    changed,
+    depends,
+    is_inplace,
+    operation_name,
+    overwritable,
+    overwrite,
+    tensors,
+)
 
 
 def doubled(x):
@@ -79,3 +89,40 @@ def test_trees():
 )
 def test_names(function, name, inplace):
     assert (operation_name(function), is_inplace(function)) == (name, inplace)
+
+
+def test_overwriting_lets_nothing_flow_to_what_was_there():
+    seen = []
+
+    def old(flow, x):
+        seen.append(flow)
+        return (flow,)
+
+    x = torch.randn(3, requires_grad=True)
+    target = backward_by(old, x * 1, [x])
+    storage = target.data_ptr()
+    found = overwrite(target, doubled(x))
+    assert found is target
+    assert target.data_ptr() == storage
+    assert target.equal(x.exp())
+    assert torch.autograd.grad(target.sum(), x)[0].equal(2 * x)
+    assert not seen
+    part = (x * 1)[1:]
+    assert torch.autograd.grad(overwrite(part, doubled(x)[1:]).sum(), x)[0].equal(
+        torch.cat([torch.zeros(1), 2 * x[1:]])
+    )
+
+
+def test_what_may_be_written_over():
+    x = torch.randn(3)
+    assert not overwritable(x)
+    with torch.no_grad():
+        assert overwritable(x)
+        assert not torch.vmap(lambda t: t * overwritable(t))(x).any()
+    seen = []
+    y = backward_by(lambda flow: (seen.append(overwritable(flow)) or flow,), x.requires_grad_() * 1, [x], keep=False)
+    torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y.sum(), x)
+    assert seen == [False, True]
+    assert by_formula(y.grad_fn)
+    assert not by_formula((x * 1).grad_fn)

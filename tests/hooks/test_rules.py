@@ -9,9 +9,21 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdconcepts import Capture
+from tdconcepts import Capture, Site, Target
 from tdconcepts.errors import BadValue
-from tdconcepts.lrp import Composite, EpsilonPlus, EpsilonRule, GuidedBackpropRule, IgnoreRule, PassRule, ZPlusRule
+from tdconcepts.lrp import (
+    LRP,
+    AttnLRP,
+    Composite,
+    EpsilonAlpha2Beta1,
+    EpsilonPlus,
+    EpsilonPlusFlat,
+    EpsilonRule,
+    GuidedBackpropRule,
+    IgnoreRule,
+    PassRule,
+    ZPlusRule,
+)
 
 
 def mlp(inplace=False):
@@ -180,3 +192,67 @@ def test_programs_add_up():
         td = m(TensorDict(x=X.clone().requires_grad_(), batch_size=[5]))
     assert td["activation", "0"].shape == (5, 6)
     assert td["y"].requires_grad
+
+
+def normed(inplace):
+    torch.manual_seed(0)
+    layers = nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(inplace), nn.Conv1d(4, 3, 1), nn.ReLU(inplace)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(9, 2)).double().eval()
+    net[1].running_mean.normal_()
+    net[1].running_var.uniform_(0.5, 2)
+    nn.init.normal_(net[1].bias)
+    return TensorDictModule(net, ["x"], ["y"])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("composite", [EpsilonPlus(), EpsilonPlusFlat(), EpsilonAlpha2Beta1()])
+def test_a_layer_and_what_passes_relevance_on_are_one_step(composite, inplace):
+    """The quotients in between make the other form less exact, so it is compared by the relevance convention too."""
+    net, td = normed(inplace), TensorDict(x=torch.randn(3, 2, 5, dtype=torch.float64), batch_size=[3])
+    sites = ["x", Site("0"), Site("1"), Site("3")]
+    for wrt in ("x", sites):
+        found = LRP(net, composite, Target("y", 1), wrt)(td.copy())["attribution"]
+        for options in ({"create_graph": True}, {"convention": "relevance"}):
+            apart = LRP(net, composite, Target("y", 1), wrt, **options)(td.copy())["attribution"]
+            for key in list(found.keys()):
+                torch.testing.assert_close(found[key], apart[key].detach(), rtol=1e-4, atol=1e-6)
+    if inplace:
+        plain = LRP(normed(False), composite, Target("y", 1))(td.copy())["attribution", "x"]
+        torch.testing.assert_close(LRP(net, composite, Target("y", 1))(td.copy())["attribution", "x"], plain)
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.gru, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = nn.functional.gelu(self.up(self.norm(x)))
+        h = x + nn.functional.scaled_dot_product_attention(h, h, h)
+        return self.head(self.gru(h)[0][:, -1])
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize(
+    ("net", "composite", "shape"),
+    [
+        (normed(False), EpsilonPlus(0.1, 0.01), (2, 5)),
+        (normed(False), EpsilonAlpha2Beta1(0.1, 0.01, flat=True), (2, 5)),
+        (TensorDictModule(Attending().double(), ["x"], ["y"]), AttnLRP(), (3, 4)),
+    ],
+)
+def test_second_derivatives_through_several_rules(net, composite, shape, convention):
+    torch.manual_seed(1)
+    explainer = LRP(net, composite, Target("y", 1), convention=convention, create_graph=True)
+    x, step = torch.randn(3, *shape, dtype=torch.float64), torch.randn(3, *shape, dtype=torch.float64)
+    weights = torch.rand_like(x)
+
+    def total(x):
+        return (explainer(TensorDict(x=x, batch_size=[3]))["attribution", "x"] * weights).sum()
+
+    leaf = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(total(leaf), leaf)
+    moved = (total(x + 1e-6 * step) - total(x - 1e-6 * step)) / 2e-6
+    torch.testing.assert_close((found * step).sum(), moved.detach(), rtol=1e-5, atol=1e-8)

@@ -7,6 +7,7 @@ from lrp.cases import LAYERS, Fn, close, layer_and_inputs, relevance
 
 from tdconcepts.hooks.rules import Rules
 from tdconcepts.lrp import ZPlusRule
+from tdconcepts.lrp.affine import magnitude, positive_part
 
 FUNCTIONS = {
     "linear": lambda m: lambda x: F.linear(x, m.weight, bias=m.bias),
@@ -42,3 +43,14 @@ def test_output_size_of_a_transposed_convolution():
         out = m(x, output_size=[10])
     assert out.shape[-1] == 10
     assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+def test_fleeting_weights():
+    a, b = torch.randn(4, 3), torch.randn(2, 3, dtype=torch.float64)
+    first = positive_part(a, True)
+    assert first.equal(a.clamp(min=0))
+    second = magnitude(b, True)
+    assert second.equal(b.abs())
+    assert positive_part(a, True).data_ptr() == first.data_ptr()
+    assert positive_part(a, False).data_ptr() != first.data_ptr()
+    assert magnitude(a.t(), True).equal(a.t().abs())

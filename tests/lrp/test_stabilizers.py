@@ -5,7 +5,7 @@ import torch
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.lrp import Stabilizer
-from tdconcepts.lrp.stabilizers import check_stabilizer, stabilized
+from tdconcepts.lrp.stabilizers import check_stabilizer, damped, shared, stabilized
 
 
 def test_kinds():
@@ -36,3 +36,13 @@ def test_bad():
         Stabilizer(-1.0)
     with pytest.raises(BadType, match="stabiliser"):
         check_stabilizer("1e-6")
+
+
+@pytest.mark.parametrize("by", [0.0, 0.25, Stabilizer(0.1, clip=True), lambda z: z + 3])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_quotients(by, fresh):
+    z = torch.tensor([-2.0, -1e-9, 1e-9, 2.0], dtype=torch.float64)
+    before, flow = z.clone(), torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(shared(flow, z, by, fresh), flow / stabilized(z, by))
+    torch.testing.assert_close(damped(flow, z, by, fresh), flow * z / stabilized(z, by), atol=1e-15, rtol=1e-7)
+    assert z.equal(before)
