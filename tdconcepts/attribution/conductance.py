@@ -93,9 +93,8 @@ class Conductance(IntegratedGradients):
             value = leg.value.unsqueeze(1 + td.batch_dims) if leg.several else leg.value
             part = _trapezia(value[:-1], value[1:], leg.gradient[:-1], leg.gradient[1:])
             if last is not None:
-                total = total + part + _trapezia(last[0], value[:1], last[1], leg.gradient[:1])
-            else:
-                total = part
+                part = part + _trapezia(last[0], value[:1], last[1], leg.gradient[:1])
+            total = part if total is None else total + part
             last = value[-1:].clone(), leg.gradient[-1:].clone()
         return _written(self, path, total)
 
