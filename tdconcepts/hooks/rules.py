@@ -104,10 +104,10 @@ class Rules(_Adds):
         operations: names of functions with their rules.
         convention: what flows.
         first: a choice of the rule for the first layer, in the order of execution: ``(kinds, rule)``.
-        unknown: ``unknown(name)`` is told of an operation that has no rule, if not ``unknown.knows(name)``.
+        unknown: ``unknown(name)`` is told of an operation that has no rule, if not ``unknown.knows(name)``. If it has a
+            ``report``, ``report(name, rule, side, flow, *value)`` is told what flows out of (``"in"``) and into
+            (``"out"``) each rule: relevance, or its ratio to the value that is given then.
         ends: see :class:`Call`.
-        report: ``report(name, rule, side, flow, *value)`` is told what flows out of (``"in"``) and into (``"out"``)
-            each rule: relevance, or its ratio to the value that is given then.
         lean: whether first derivatives are wanted only, and only of what steps of the plan read. Then nothing is kept
             for second ones; and in the gradient convention a layer and what passes relevance on to it (a batch norm,
             an activation) become one step: there is no quotient in between, and nothing flows at the layer's own
@@ -120,9 +120,14 @@ class Rules(_Adds):
     first: tuple[Callable[[Any], bool], Rule] | None = None
     unknown: Any = None
     ends: str = "relevance"
-    report: Callable[..., None] | None = None
     lean: bool = False
     in_keys: ClassVar[tuple[Any, ...]] = ()
+
+    @property
+    def report(self) -> Callable[..., None] | None:
+        """Who is told what flows, if anybody is."""
+        found: Callable[..., None] | None = getattr(self.unknown, "report", None)
+        return found
 
     def on(self, module: nn.Module) -> Any:
         """Bind: a TensorDictModule gives a TensorDictModule, any other module what is called as it is."""

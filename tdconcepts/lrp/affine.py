@@ -49,8 +49,7 @@ class Affine:
         outputs: how many outputs, or output channels.
         push: ``push(x, weight, bias=None)`` is ``M x + b``.
         pull: ``pull(s, weight, x)`` is ``M^T s``, in the shape of ``x``.
-        one_output: a weight of ones for one output (of each group).
-        gather: from a flow for all outputs to one for each group, by sums.
+        single: for one output of each group, a weight of ones, and from a flow for all outputs to one, by sums.
     """
 
     x: Tensor
@@ -59,8 +58,7 @@ class Affine:
     outputs: int
     push: Callable[..., Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
-    one_output: Callable[[], Tensor]
-    gather: Callable[[Tensor], Tensor]
+    single: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
 
     def above(self, bias: Tensor | None, least: float) -> Tensor | None:
         """``bias`` (or zero) plus a number: what keeps ``push`` above it where all contributions are positive."""
@@ -187,16 +185,8 @@ def _of_module(call: Call, m: Any) -> Affine:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Affine:
-    return Affine(
-        x,
-        weight,
-        bias,
-        weight.shape[0],
-        F.linear,
-        lambda s, w, like: torch.matmul(s, w),
-        lambda: weight.new_ones(1, weight.shape[1]),
-        lambda flow: flow.sum(-1, keepdim=True),
-    )
+    single = (lambda: weight.new_ones(1, weight.shape[1]), lambda flow: flow.sum(-1, keepdim=True))
+    return Affine(x, weight, bias, weight.shape[0], F.linear, lambda s, w, like: torch.matmul(s, w), single)
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tuple[Any, ...]) -> Affine:
@@ -218,7 +208,7 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tu
         return F.pad(_pull(s, w, F.pad(like, sides), how, n), [-side for side in sides])
 
     one = lambda: weight.new_ones(groups, *weight.shape[1:])  # noqa: E731
-    return Affine(x, weight, bias, weight.shape[0], push, pull, one, _grouped(groups, weight.shape[0], n))
+    return Affine(x, weight, bias, weight.shape[0], push, pull, (one, _grouped(groups, weight.shape[0], n)))
 
 
 def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tuple[Any, ...]) -> Affine:
@@ -227,7 +217,7 @@ def _transposed(x: Tensor, weight: Tensor, bias: Tensor | None, n: int, how: tup
     pull = lambda s, w, like: _pull(s, w, like, (stride, padding, dilation, True, extra, groups), n)  # noqa: E731
     one = lambda: weight.new_ones(weight.shape[0], 1, *weight.shape[2:])  # noqa: E731
     outputs = weight.shape[1] * groups
-    return Affine(x, weight, bias, outputs, push, pull, one, _grouped(groups, outputs, n))
+    return Affine(x, weight, bias, outputs, push, pull, (one, _grouped(groups, outputs, n)))
 
 
 def _grouped(groups: int, channels: int, n: int) -> Callable[[Tensor], Tensor]:

@@ -69,9 +69,9 @@ class FlatRule(Rule):
 
 
 def _flat(by: Stabilizing, view: Affine, share: Tensor, x: Tensor) -> Tensor:
-    ones = view.one_output()
+    ones, gather = view.single[0](), view.single[1]
     count = view.push(torch.ones_like(x[:1] if x.ndim > 1 else x), ones)
-    return view.pull(view.gather(share) / stabilized(count, by), ones, x)
+    return view.pull(gather(share) / stabilized(count, by), ones, x)
 
 
 def _flat_without_weights(rule: FlatRule, call: Call) -> Tensor:

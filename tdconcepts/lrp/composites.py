@@ -145,7 +145,7 @@ class Composite(Replaceable):
                 needed=f"a module of the kinds {[kind_text(kind) for kind, _ in self.rules]}",
                 fix="Composite({nn.Linear: EpsilonRule()}), or a named one such as EpsilonPlus()",
             )
-        report = how.get("report")
+        report = how.pop("report", None)
         self._tell([path for path, m, rule in chosen if rule is None and _has_own_parameters(m)], module, report)
         first = None if self.first is None else (_predicate(self.first[0]), self.first[1])
         convention = convention or self.convention
