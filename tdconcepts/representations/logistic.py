@@ -1,4 +1,4 @@
-"""Logistic probes: all sites, labels and folds in one batched optimisation."""
+"""Logistic probes: all sites and labels in one batched optimisation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdconcepts.keys import NestedKey
 from tdconcepts.representations.fitting import Fitted, Probe
 from tdconcepts.representations.linear import check_binary
 from tdconcepts.representations.moments import Moments, merged
-from tdconcepts.representations.reading import Stream, stacked
+from tdconcepts.representations.reading import Rows, Stream, stacked
 
 __all__ = ["LogisticProbe", "Weighed", "logistic"]
 
@@ -41,8 +41,8 @@ class LogisticProbe(Probe):
     writes  ``("probe", *key)``  the probability, as the label's shape; with ``classes`` one more dim
     ======  ===================  ====================================================================
 
-    All entries of one width, all K labels and all folds are one problem of matrix products. A stream of TensorDicts is
-    passed over once for each step.
+    All entries of one width and all K labels are one problem of matrix products. A stream of TensorDicts is passed over
+    once for each step, for all folds together.
 
     Args:
         keys: an entry, or a list of them.
@@ -106,27 +106,30 @@ class LogisticProbe(Probe):
         return z.sigmoid() if self.classes is None else z.softmax(-1)
 
     def solve(self, stream: Stream, folds: int = 0) -> list[list[Fitted]]:
-        """By :func:`logistic`, with a weight of 0 for the rows of the fold that is left out."""
-        sets: list[list[Fitted | None]] = [[None] * len(self.keys) for _ in range(max(1, folds))]
-        for position, group in enumerate(self._groups(stream)):
+        """By :func:`logistic`: training sets one after the other in memory, and together in each pass over a stream."""
+        if folds and stream.in_memory:
+            rows = list(stream())
+            return [self._solved([part.only(part.fold != fold) for part in rows].__iter__)[0] for fold in range(folds)]  # type: ignore[arg-type]
+        return self._solved(list(stream()).__iter__ if stream.in_memory else stream, folds)
 
-            def read(position: int = position) -> Iterator[Weighed]:
-                for rows in stream():
+    def _solved(self, read: Callable[[], Iterator[Rows]], folds: int = 0) -> list[list[Fitted]]:
+        """The probes of each training set, where the rows of its fold have a weight of 0."""
+        sets: list[dict[int, Fitted]] = [{} for _ in range(max(1, folds))]
+        for position, (group, _) in enumerate(stacked(next(iter(read())).x)):
+
+            def weighed(position: int = position) -> Iterator[Weighed]:
+                for rows in read():
                     x = stacked(rows.x)[position][1]
                     weight = x.new_ones(len(rows.y), 1)
-                    if rows.fold is not None:
+                    if rows.fold is not None and folds:
                         weight = (rows.fold.unsqueeze(-1) != torch.arange(folds, device=x.device)).to(x)
                     yield Weighed(x, rows.y, weight)
 
-            again: Read = list(read()).__iter__ if stream.in_memory else read
+            again: Read = weighed if isinstance(read, Stream) else list(weighed()).__iter__
             weight, bias, mean = logistic(again, self.ridge, self.classes, self.max_iter, self.tol)
             for g, found in enumerate(sets):
-                for s, i in enumerate(group):
-                    found[i] = Fitted(weight[s, :, g], bias[s, g], mean[s])
-        return sets  # type: ignore[return-value]
-
-    def _groups(self, stream: Stream) -> list[list[int]]:
-        return [group for group, _ in stacked(next(iter(stream())).x)]
+                found |= {i: Fitted(weight[s, :, g], bias[s, g], mean[s]) for s, i in enumerate(group)}
+        return [[found[i] for i in range(len(self.keys))] for found in sets]
 
 
 Read: TypeAlias = Callable[[], Iterator[Weighed]]
