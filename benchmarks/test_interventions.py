@@ -93,28 +93,28 @@ def pyc(strategy, policy, columns, quantile=1.0):
     return {"torch_concepts' InterventionModule": form}
 
 
-def measured(compare, name, pipeline, hand, columns, peers):
-    """Eager, and for two sizes compiled; at small F the aim is the difference in microseconds."""
-    data = list(batches_of(columns))
-    few = columns < 112
+SIZES = [(columns, "eager") for columns in (4, 16, 112, 1000)] + [(4, "compiled"), (112, "compiled")]
+
+
+def measured(compare, name, pipeline, hand, columns, mode, peers):
+    """One row; at small F the aim is the difference in microseconds."""
+    data, few = list(batches_of(columns)), columns < 112
+    if mode == "compiled":
+        torch._dynamo.reset()
+        hand = hand | {"compiled": torch.compile(next(iter(hand.values())), fullgraph=True)}
+        name, pipeline, peers = f"{name}, compiled", torch.compile(pipeline, fullgraph=True), None
     options = {"at_most": None if few else 1.5, "tolerance": 0}
     compare(f"{name}, F={columns}", pipeline, hand, data, ["concepts"], peers=peers, **options)
     if few:
         at = max(i for i, row in enumerate(compare.rows) if row.name.startswith(name))
         row = compare.rows[at]
         compare.rows[at] = dataclasses.replace(row, aim="+ 50 us", met=row.ours - row.reference <= 50e-6)
-    if columns in (4, 112):
-        torch._dynamo.reset()
-        first = next(iter(hand.values()))
-        forms = hand | {"compiled": torch.compile(first, fullgraph=True)}
-        compiled = torch.compile(pipeline, fullgraph=True)
-        compare(f"{name}, F={columns}, compiled", compiled, forms, data, ["concepts"], tolerance=0)
 
 
 @pytest.mark.parametrize("strategy", [Do(1.0), GroundTruth("labels")], ids=["do", "ground truth"])
-@pytest.mark.parametrize("columns", [4, 16, 112, 1000])
+@pytest.mark.parametrize(("columns", "mode"), SIZES)
 @pytest.mark.benchmark(group="interventions: pipeline / hand-written")
-def test_uncertainty_half(compare, columns, strategy):
+def test_uncertainty_half(compare, columns, mode, strategy):
     k, one = round(0.5 * columns), torch.ones(())
 
     def hand(form):
@@ -128,13 +128,14 @@ def test_uncertainty_half(compare, columns, strategy):
         InterventionPipeline(UncertaintyPolicy(), strategy, fraction=0.5),
         {name: hand(form) for name, form in HAND.items()},
         columns,
+        mode,
         peers | {"numpy's partition by hand": hand(by_partition)},
     )
 
 
-@pytest.mark.parametrize("columns", [4, 16, 112, 1000])
+@pytest.mark.parametrize(("columns", "mode"), SIZES)
 @pytest.mark.benchmark(group="interventions: pipeline / the bare torch.where")
-def test_all(compare, columns):
+def test_all(compare, columns, mode):
     """Every concept is replaced: no selection, so the reference is torch.where alone, with a mask that is there."""
     mask = torch.ones(ROWS, columns, dtype=torch.bool)
     measured(
@@ -143,5 +144,6 @@ def test_all(compare, columns):
         InterventionPipeline(UniformPolicy(), GroundTruth("labels")),
         {"torch.where": lambda td: torch.where(mask, td.get("labels"), td.get("concepts"))},
         columns,
+        mode,
         pyc("truth", "uniform", columns),
     )
