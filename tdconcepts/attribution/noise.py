@@ -314,7 +314,11 @@ class _Moments:
         pivot = group[0] if known is None else known[1]
         wide = torch.promote_types(pivot.dtype, torch.float32)
         moved = group.to(wide) - pivot.to(wide)
-        variance, mean = torch.var_mean(moved, 0, correction=0) if moved.numel() else (moved.sum(0), moved.sum(0))
+        if m == 1 or not moved.numel():
+            mean, variance = moved.sum(0), torch.zeros_like(moved[0])
+        else:  # in two passes, which are as exact as torch.var_mean's one, and much faster for few draws of many numbers
+            mean = moved.mean(0)
+            variance = (moved - mean).square().mean(0)
         if known is not None:
             n, _, before, spread = known
             m, share, delta = n + m, m / (n + m), mean - before
