@@ -43,20 +43,20 @@ class TrainedAgent:
     history: list[dict[str, float]] = dataclasses.field(repr=False)
 
 
+MINIBATCH = 256
+LAMBDA, CLIP, CRITIC, CLIPPED = 0.95, 0.2, 0.5, 0.5  # of PPO: GAE, the ratio, the critic's share, the gradient's norm
+CAPACITY, WARM_UP, LONGEST = 50_000, 1_024, 10.0  # of DQN: rows kept, rows before it learns, the gradient's norm
+
+
 @dataclasses.dataclass(frozen=True)
 class PPO:
     """Settings of :func:`ppo`: the learning rate decays linearly to 0; rewards are ``(reward + shift) * scale``."""
 
     steps: int = 64
     epochs: int = 6
-    minibatch: int = 256
     learning_rate: float = 2.5e-3
     gamma: float = 0.99
-    lmbda: float = 0.95
-    clip: float = 0.2
     entropy: float = 0.005
-    critic: float = 0.5
-    gradient_norm: float = 0.5
     reward: tuple[float, float] = (0.0, 1.0)
     judged: int = 2
 
@@ -68,14 +68,10 @@ class DQN:
 
     steps: int = 4
     updates: int = 8
-    minibatch: int = 256
     learning_rate: float = 2.5e-3
     gamma: float = 0.995
-    capacity: int = 50_000
-    warm_up: int = 1_024
     decay: float = 0.98
     explore: tuple[float, float] = (1.0, 0.02)
-    gradient_norm: float = 10.0
     judged: int = 16
 
 
@@ -149,13 +145,13 @@ def ppo(
     loss = objectives.ClipPPOLoss(
         policy,
         critic,
-        clip_epsilon=settings.clip,
+        clip_epsilon=CLIP,
         entropy_bonus=settings.entropy > 0,
         entropy_coeff=settings.entropy,
-        critic_coeff=settings.critic,
+        critic_coeff=CRITIC,
         normalize_advantage=True,
     )
-    advantage = values.GAE(gamma=settings.gamma, lmbda=settings.lmbda, value_network=critic)
+    advantage = values.GAE(gamma=settings.gamma, lmbda=LAMBDA, value_network=critic)
     optimiser = torch.optim.Adam(loss.parameters(), lr=settings.learning_rate, eps=1e-5)
     called = loss if objective is None else objective(loss)
     frames, (shift, scale) = env.batch_size.numel() * settings.steps, settings.reward
@@ -170,10 +166,10 @@ def ppo(
             with torch.no_grad():
                 advantage(data)
             rows = data.reshape(-1)
-            for index in torch.randperm(len(rows)).split(settings.minibatch):
+            for index in torch.randperm(len(rows)).split(MINIBATCH):
                 with set_interaction_type(InteractionType.RANDOM):
                     losses = called(rows[index])
-                _step(losses, optimiser, loss, settings.gradient_norm)
+                _step(losses, optimiser, loss, CLIPPED)
         if (number + 1) % settings.judged and number + 1 < batches:
             continue
         if keeper.look((number + 1) * frames, (number + 1) / batches, policy, critic):
@@ -189,9 +185,7 @@ def dqn(env: Any, policy: Any, rounds: int, keeper: Keeper, settings: DQN, objec
     loss = objectives.DQNLoss(policy, action_space=env.action_spec, double_dqn=True, delay_value=True)
     loss.make_value_estimator(gamma=settings.gamma)
     target = objectives.SoftUpdate(loss, eps=settings.decay)
-    buffer = data.TensorDictReplayBuffer(
-        storage=data.LazyTensorStorage(settings.capacity), batch_size=settings.minibatch
-    )
+    buffer = data.TensorDictReplayBuffer(storage=data.LazyTensorStorage(CAPACITY), batch_size=MINIBATCH)
     optimiser = torch.optim.Adam(loss.parameters(), lr=settings.learning_rate)
     called = loss if objective is None else objective(loss)
     width, (first, last) = env.batch_size.numel(), settings.explore
@@ -212,9 +206,9 @@ def dqn(env: Any, policy: Any, rounds: int, keeper: Keeper, settings: DQN, objec
         frames += width * settings.steps
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * (1.0 - number / rounds)
-        if len(buffer) >= settings.warm_up:
+        if len(buffer) >= WARM_UP:
             for _ in range(settings.updates):
-                _step(called(buffer.sample()), optimiser, loss, settings.gradient_norm)
+                _step(called(buffer.sample()), optimiser, loss, LONGEST)
                 target.step()
         if (number + 1) % settings.judged and number + 1 < rounds:
             continue
