@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import oracle
 from tensordict import TensorDict
@@ -89,6 +89,7 @@ def test_a_linear_model_has_no_variance_at_all():
     assert torch.equal(td["attribution", "x"], linear.weight[0].expand(50, 4))
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.floats(-1e6, 1e6), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_never_negative(number, offset, dtype):
     torch.manual_seed(number)
