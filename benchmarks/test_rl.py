@@ -78,6 +78,7 @@ def test_saliency_from_disk(compare, tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it compiles
 def test_saliency_in_the_policy(compare):
     policy, td = actor(4, 64, 64, 2), rollout(16).exclude("next")
     explain = Gradient(policy, chosen_value(), outputs=True)

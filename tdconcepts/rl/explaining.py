@@ -109,7 +109,7 @@ def explain_rollout(
             length = rows.batch_size[1] if rows.ndim > 1 else 1
             step = max(1, _width(rows, size) // max(1, length))
             for start in range(0, len(rows), step):
-                part = rows[start : start + step] if step < len(rows) else rows.copy()
+                part = rows[start : start + step] if step < len(rows) else rows
                 some = None if counts is None else counts[start * length : (start + step) * length]
                 results.add(part, some, unit == "trajectory")
         if results.empty:
