@@ -162,14 +162,14 @@ class GammaRule(Rule):
 def _by_sides(rule: AlphaBetaRule | ZPlusRule | GammaRule, call: Call, formula: Callable[..., Tensor]) -> Tensor:
     if call.found is None:
         view = affine(call, rule, rule.zero_params)
-        call.found = view, _is_positive(view.x)
-    view, positive = call.found
+        call.found = view, _is_positive(view.x), {}
+    view, positive, memo = call.found
     z, changes = call.output, bool(rule.zero_params)
     value = z if call.written is None else call.written
     saved = [] if call.carries_relevance else [call.saved(value)]  # of which the flow is a ratio
     if not (changes or (positive and isinstance(rule, ZPlusRule))) and (call.carries_relevance or value is not z):
         saved.append(call.saved(z))
-    flow = functools.partial(_flow, formula, view, positive, call.carries_relevance, changes)
+    flow = functools.partial(_flow, formula, view, positive, call.carries_relevance, changes, memo)
     return backward_by(flow, value, [view.x], *saved)
 
 
@@ -184,12 +184,13 @@ def _flow(
     positive: bool,
     relevance: bool,
     changes: bool,
+    memo: dict[str, Tensor | None],
     flow: Tensor,
     x: Tensor,
     *saved: Tensor,
 ) -> tuple[Tensor]:
     """From the flow out to the flow in: both are relevance, or both its ratio to the activation."""
-    share = _Share(flow, None if relevance else saved[0], overwritable(flow))
+    share = _Share(flow, None if relevance else saved[0], overwritable(flow), memo)
     z = saved[-1] if saved else None
     if changes:  # some parameters count as zero
         z = view.push(x, view.weight, view.bias)
@@ -204,11 +205,22 @@ class _Share:
     their memory.
     """
 
-    def __init__(self, flow: Tensor, value: Tensor | None, fresh: bool) -> None:
-        self.flow, self.value, self.fresh = flow, value, fresh
+    def __init__(self, flow: Tensor, value: Tensor | None, fresh: bool, memo: dict[str, Tensor | None]) -> None:
+        self.flow, self.value, self.fresh, self.memo = flow, value, fresh, memo
+
+    def once(self, compute: Callable[[], Tensor]) -> Tensor:
+        """A denominator, which is kept from the second pass through the same graph on: one for each target follows."""
+        if not self.fresh:
+            return compute()
+        kept = self.memo.get("denominator")
+        if kept is None:
+            kept = compute()
+            self.memo["denominator"] = kept if self.memo else None
+        return kept
 
     def over(self, denominator: Tensor, weight: float = 1) -> Tensor:
-        found = torch.div(self.flow, denominator, out=denominator if self.fresh else None)
+        alone = self.fresh and denominator is not self.memo.get("denominator")
+        found = torch.div(self.flow, denominator, out=denominator if alone else None)
         found = found if self.value is None else self.times(found, self.value)
         return found if weight == 1 else self.times(found, weight)
 
@@ -243,7 +255,8 @@ def _alpha_beta(
     bias, fresh = view.bias, share.fresh
     if positive:
         plus = positive_part(view.weight, fresh)
-        top = view.push(x, plus, view.above(None if bias is None else bias.clamp(min=0), _number(by)))
+        least = view.above(None if bias is None else bias.clamp(min=0), _number(by))
+        top = view.push(x, plus, least) if beta else share.once(lambda: view.push(x, plus, least))
         low = None
         if beta:
             assert z is not None

@@ -124,3 +124,16 @@ def test_bad_gamma_and_modules():
         GammaRule(-0.1)
     with pytest.raises(BadValue, match="GammaRule can't serve"), GammaRule().on(nn.GELU()) as m:
         m(torch.randn(2, requires_grad=True))
+
+
+@pytest.mark.parametrize("rule", ["z-plus", "alpha 2", "gamma"])
+@pytest.mark.parametrize("positive", [False, True])
+def test_several_passes_through_one_graph(rule, positive):
+    layer, x, r = layer_and_inputs("conv2d", positive)
+    expected = relevance(RULES[rule][0], layer, [x], r)[0]
+    leaf = x.clone().requires_grad_()
+    with RULES[rule][0].on(layer, convention="relevance") as m:
+        out = m(leaf)
+    for _ in range(4):
+        close(torch.autograd.grad(out, leaf, r, retain_graph=True)[0], expected)
+    close(torch.autograd.grad(out, leaf, 2 * r)[0], 2 * expected)
