@@ -57,7 +57,7 @@ class MatchedNorm(Edit):
         if not value.is_floating_point():
             raise BadType("whole numbers have no directions", got=str(value.dtype), needed="floating-point values")
         own = value if isinstance(self.edit, Edit) else value.clone()  # which a callable may change in place
-        new = self.edit(own, td)  # type: ignore[arg-type]
+        new = self.edit(own, td)
         change = checked_edit(own if new is None else new, value, "a controlled edit") - value
         return value + change @ _rotation(value.shape[-1], self.seed).to(value).mT
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
 from torch import nn
@@ -36,7 +36,8 @@ def intervene(
 ) -> TensorDictSequential | Hooked:
     """A new pipeline that runs ``model`` with an intervention right after the stage that writes ``at``.
 
-    The model is untouched, and its stages (with their parameters) are shared, not copied. A model that ends in a
+    ``with intervene(policy, "concept", strategy=Do(0.0)) as fixed:`` reads as for hooks; the result can be used as it is
+    too. The model is untouched, and its stages (with their parameters) are shared, not copied. A model that ends in a
     distribution stays a :class:`ProbabilisticTensorDictSequential` with ``get_dist``, so an actor stays an actor. An
     entry that the model only reads, such as an observation, can be intervened on too: then the intervention runs first.
     At a :class:`~tdconcepts.Site`, an activation inside a module, the model runs under a hook: the result is that of
@@ -127,8 +128,26 @@ def _rebuilt(
     named = OrderedDict((names.get(id(s), f"intervention_{len(before)}"), s) for s in stages)
     arguments: tuple[Any, ...] = (named,) if len(named) == len(stages) and names else tuple(stages)
     if isinstance(model, ProbabilisticTensorDictSequential):
-        return ProbabilisticTensorDictSequential(*arguments, return_composite=model.return_composite)
-    return TensorDictSequential(*arguments)
+        return SplicedPolicy(*arguments, return_composite=model.return_composite)
+    return Spliced(*arguments)
+
+
+class _Context:
+    """``with intervene(...) as fixed:`` reads as it does for hooks; there is nothing to undo."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        return None
+
+
+class Spliced(_Context, TensorDictSequential):
+    """A pipeline with an intervention in it."""
+
+
+class SplicedPolicy(_Context, ProbabilisticTensorDictSequential):
+    """A policy with an intervention in it."""
 
 
 def _selected(model: TensorDictModuleBase) -> list[NestedKey] | None:

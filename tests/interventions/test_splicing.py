@@ -482,3 +482,18 @@ def test_batch_dims_that_do_not_match():
     fixed = intervene(network(), strategy=GroundTruth("labels"), k=2)
     with pytest.raises(BadValue, match=r"\[3, 4\]"):
         fixed(x=torch.randn(5, 6), labels=torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("at", ["concepts", Site("0.0")])
+def test_as_a_context(at):
+    model = TensorDictSequential(
+        Mod(nn.Sequential(nn.Linear(3, 2), nn.Sigmoid()), ["x"], ["concepts"]),
+        Mod(nn.Linear(2, 2), ["concepts"], ["logits"]),
+    )
+    td = TensorDict(x=torch.randn(4, 3), batch_size=[4])
+    fixed = intervene(model, at, strategy=Do(0.0), k=1)
+    with fixed as inside:
+        assert inside is fixed
+        out = inside(td.copy())
+    torch.testing.assert_close(out["logits"], fixed(td.copy())["logits"])
+    assert not torch.equal(out["logits"], model(td.copy())["logits"])
