@@ -270,9 +270,17 @@ def _alpha_beta(
         return share.plus(found, view.pull(low, view.weight, x))
     assert z is not None
     size = magnitude(view.weight, fresh)
-    both = view.push(x.abs(), size, view.above(None if bias is None else bias.abs(), 2 * _number(by)))
-    low = share.over(share.cleared(both - z, z, -1, by, 2), beta) if beta else None
-    top = share.over(share.cleared(share.plus(both, z), z, 1, by, 2), alpha)
+    least = view.above(None if bias is None else bias.abs(), 2 * _number(by))
+
+    def upper(both: Tensor) -> Tensor:
+        return share.cleared(share.plus(both, z), z, 1, by, 2)
+
+    if beta:
+        both = view.push(x.abs(), size, least)
+        low = share.over(share.cleared(both - z, z, -1, by, 2), beta)
+        top = share.over(upper(both), alpha)
+    else:
+        low, top = None, share.over(share.once(lambda: upper(view.push(x.abs(), size, least))), alpha)
     around = top if low is None else top - low
     found = share.times(view.pull(around, size, x), x.sgn())
     return share.plus(found, view.pull(top if low is None else share.plus(top, low), view.weight, x))
