@@ -36,13 +36,14 @@ def intervene(
 ) -> TensorDictSequential | Hooked:
     """A new pipeline that runs ``model`` with an intervention right after the stage that writes ``at``.
 
-    ``with intervene(policy, "concept", strategy=Do(0.0)) as fixed:`` reads as it does for hooks; the result can be used
-    without it, too. The model is untouched, and its stages (with their parameters) are shared, not copied. A model that ends in a
-    distribution stays a :class:`ProbabilisticTensorDictSequential` with ``get_dist``, so an actor stays an actor. An
-    entry that the model only reads, such as an observation, can be intervened on too: then the intervention runs first.
-    At a :class:`~tdconcepts.Site`, an activation inside a module, the model runs under a hook: the result is that of
-    :class:`~tdconcepts.interventions.Intervention`. Interventions nest; those that follow each other on one entry write
-    their score, mask, value and before over those of the first, unless given another ``out_key``.
+    ``with intervene(policy, "concept", strategy=Do(0.0)) as fixed:`` reads as it does for hooks; the result can be
+    used without it, too. The model is untouched, and its stages (with their parameters) are shared, not copied. A
+    model that ends in a distribution stays a :class:`ProbabilisticTensorDictSequential` with ``get_dist``, so an
+    actor stays an actor. An entry that the model only reads, such as an observation, can be intervened on too: then
+    the intervention runs first. At a :class:`~tdconcepts.Site`, an activation inside a module, the model runs under
+    a hook: the result is that of :class:`~tdconcepts.interventions.Intervention`. Interventions nest; those that
+    follow each other on one entry write their score, mask, value and before over those of the first, unless given
+    another ``out_key``.
 
     Args:
         model: a TensorDictSequential, or a TensorDictModule with ``at`` among its keys.
