@@ -316,7 +316,7 @@ class _Moments:
         moved = group.to(wide) - pivot.to(wide)
         if m == 1 or not moved.numel():
             mean, variance = moved.sum(0), torch.zeros_like(moved[0])
-        else:  # in two passes, which are as exact as torch.var_mean's one, and much faster for few draws of many numbers
+        else:  # two passes: as exact as torch.var_mean, and much faster for few draws of many numbers
             mean = moved.mean(0)
             variance = (moved - mean).square().mean(0)
         if known is not None:

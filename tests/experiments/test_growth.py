@@ -21,7 +21,7 @@ def test_begin_and_again():
     n, (first, second) = moves(product(every("a", Add(1.0)), every("b", Scale(3.0))))
     schedule = Schedule(n, [first, second])
     begin, again = schedule.events
-    assert (begin.total, begin.again, again.total, again.begin) == (9, None, 9, None)  # all begin at once: no slot for the batch
+    assert (begin.total, begin.again, again.total, again.begin) == (9, None, 9, None)  # no slot for the batch
     value = torch.randn(2, 3)
     grown = schedule.change(begin, value, 1, TD, None)
     assert grown.shape == (18, 3)
