@@ -187,12 +187,12 @@ class RuleLikelihood(BlockStage):
     that explains a row a prototype of it: without it all rules could be "true". A missing concept (NaN) takes no part,
     nor does a missing task. Sums of logarithms are matrix products: memory does not grow with rows x rules x concepts.
 
-    =======  =================  =================================
-    reads    ``"selection"``    ``[*B, T, M]``
-    reads    ``"labels"``       ``[*B, K]`` or ``[*B, C]``
-    reads    ``"task"``         ``[*B, T]`` (``[*B]`` for one), 0 or 1
-    writes   ``("loss", name)`` ``[*B]``
-    =======  =================  =================================
+    =======  ===================  ======================================
+    reads    ``"selection"``      ``[*B, T, M]``
+    reads    ``"labels"``         ``[*B, K]`` or ``[*B, C]``
+    reads    ``"task"``           ``[*B, T]`` (``[*B]`` for one), 0 or 1
+    writes   ``("loss", name)``   ``[*B]``
+    =======  ===================  ======================================
 
     Args:
         rules: the rules, whose parameters are shared.
