@@ -51,7 +51,11 @@ def test_with_one_output_the_input_still_matters():
     assert model.selector[0].weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("selection", ["soft", "gumbel", "argmax", torch.Generator().manual_seed(1)], ids=str)
+@pytest.mark.parametrize(
+    "selection",
+    ["soft", "gumbel", "argmax", torch.Generator().manual_seed(1)],
+    ids=lambda s: s if isinstance(s, str) else "generator",
+)
 def test_the_weights_of_each_output_sum_to_one_over_the_memory(selection):
     weights = selector(selection).weights(torch.randn(50, 2, 6))
     assert weights.shape == (50, 2, 3, 4)

@@ -36,7 +36,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=repr)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: repr(program).split(" at 0x")[0])
 def test_programs_are_data(program):
     assert [other == program for other in PROGRAMS].count(True) == 1
     for clone in (copy.deepcopy(program), pickle.loads(pickle.dumps(program))):
@@ -70,7 +70,7 @@ def test_addition_is_flat_and_in_order():
             a + other
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=repr)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: repr(program).split(" at 0x")[0])
 def test_one_program_binds_to_any_model(program):
     expected = program.on(mlp())(batch())
     for net in (mlp(), mlp()):
