@@ -82,7 +82,8 @@ def written(labels: Tensor, concepts: Tensor, splice: Splice, space: Space | Non
     if space == "continuous":
         return labels.to(concepts)
     free = None if splice.continuous is None else torch.tensor(splice.continuous, device=labels.device)
-    check_range(labels if free is None else labels[..., ~free], 0, 1, f"{what} are no probabilities")
+    fixed = None if splice.continuous is None else [i for i, real in enumerate(splice.continuous) if not real]
+    check_range(labels if fixed is None else labels[..., fixed], 0, 1, f"{what} are no probabilities")
     probs = labels.to(concepts)
     if space == "logits":
         result = to_logits(probs, cardinalities)

@@ -110,7 +110,8 @@ class CallableStage(ConceptStage):
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         result = self.function(concepts, tensordict)
         if isinstance(result, Tensor):
-            return result.expand(concepts.shape) if result.ndim <= 1 else result
+            fits = result.ndim == 0 or (result.ndim == 1 and result.shape[0] in (1, concepts.shape[-1]))
+            return result.expand(concepts.shape) if fits else result
         if isinstance(result, (int, float)):
             return torch.full_like(concepts, result)
         kind = type(result).__name__

@@ -77,6 +77,22 @@ def test_labels_that_are_none(labels, text):
         written(labels, torch.zeros(1, 5), MIXED, "probs")
 
 
+def test_mixed_kinds_are_one_graph():
+    splice = Splice(cardinalities=(1, 3, 1), kinds=("binary", "categorical", "continuous"))
+    labels = torch.tensor([[1.0, 2.0, 7.5], [math.nan, 0.0, -3.0]])
+
+    def write(labels):
+        return written(labels, torch.zeros(2, 5), splice, "logits")
+
+    compiled = torch.compile(write, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(labels), write(labels), equal_nan=True)
+    torch.testing.assert_close(
+        torch.vmap(lambda x: written(x, torch.zeros(5), splice, "logits"))(labels), write(labels), equal_nan=True
+    )
+    with pytest.raises(BadValue, match="concept 0"):
+        write(labels + 1)
+
+
 def test_the_concept_is_named():
     named = Splice(names=("wing", "colour"), cardinalities=(1, 3))
     with pytest.raises(BadValue, match="the states of concept 'colour' do not exist"):

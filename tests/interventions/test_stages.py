@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.splicing import intervene
 from tdconcepts.interventions.stages import CallableStage, ConceptStage, ReplaceStage
+from tdconcepts.interventions.strategies import Do
 
 
 def given(concepts, mask, value, **more):
@@ -74,6 +77,16 @@ def test_callables_see_the_tensordict():
 def test_callables_that_give_nothing():
     with pytest.raises(BadType, match="NoneType"):
         CallableStage(lambda c, td: None, "score")(concepts=torch.zeros(2))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_callables_that_give_another_width(known):
+    model = TensorDictSequential(TensorDictModule(nn.Linear(3, 4), ["x"], ["concepts"]))
+    names = [*"abcd"] if known else None
+    td = TensorDict({"x": torch.zeros(2, 3)}, [2])
+    for options in ({"policy": lambda c, td: torch.zeros(9)}, {"strategy": lambda c, td: torch.zeros(9)}):
+        with pytest.raises(BadValue, match=r"\[9\]|differ in shape"):
+            intervene(model, concepts=names, **{"strategy": Do(0.0), "k": 1} | options)(td.copy())
 
 
 @pytest.mark.parametrize("batch", [[], [4], [2, 3], [0]])
