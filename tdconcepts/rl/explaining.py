@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict, TensorDictBase, lazy_stack
@@ -57,7 +59,8 @@ def explain_rollout(
             or ``("masks", k)`` of ``pad_sequence`` for what the explainer reads, where the rollout has them; ``False``
             counts all.
         unit: what a row of the explainer is: a ``"step"``, or a whole ``"trajectory"`` for policies with a memory
-            (:func:`~tdconcepts.rl.at_time`); then the explainer gets ``[N, T]``, padding included.
+            (:func:`~tdconcepts.rl.at_time`); then the explainer gets ``[N, T]``, padding included. torchrl's LSTM and
+            GRU modules run in the mode that fits, recurrent for trajectories, whatever the surrounding context says.
         chunk_size: steps explained at a time, to bound the memory; default: about a MB of what is read.
         exploration_type: under which the policy runs, deterministic by default, whatever the surrounding context says:
             an explanation of a fresh random sample would explain nothing that happened. It is recorded in the result.
@@ -103,7 +106,7 @@ def explain_rollout(
     keys = _read(explainer, pieces[0])
     mask = _found_mask(pieces[0], explainer, mask)
     size = check_chunk_size(chunk_size)
-    with set_interaction_type(exploration_type):
+    with set_interaction_type(exploration_type), _memory(unit == "trajectory"):
         for piece in pieces:
             rows, counts = _rows(piece, keys, unit), None if mask is None else _mask(piece, mask)
             length = rows.batch_size[1] if rows.ndim > 1 else 1
@@ -335,6 +338,12 @@ def _mask(rollout: TensorDictBase, key: NestedKey) -> Tensor:
             needed=f"{list(rollout.batch_size)}: one truth value for each step",
         )
     return mask.reshape(-1).bool()
+
+
+def _memory(whole: bool) -> AbstractContextManager[Any]:
+    """What makes torchrl's recurrent modules read rows as sequences, or as steps; none is there without torchrl."""
+    modules = sys.modules.get("torchrl.modules")
+    return nullcontext() if modules is None else modules.set_recurrent_mode(whole)
 
 
 def _word(kind: InteractionType, batch: torch.Size) -> NonTensorData:

@@ -216,6 +216,25 @@ def test_trajectories_as_rows(chunk_size):
         explain_rollout(explain, td, unit="episode")
 
 
+def test_recurrent_modules_run_in_the_mode_of_the_unit():
+    modules = pytest.importorskip("torchrl.modules")
+    torch.manual_seed(0)
+    lstm = modules.LSTMModule(input_size=4, hidden_size=6, in_key="observation", out_key="z")
+    policy = TensorDictSequential(lstm, TensorDictModule(torch.nn.Linear(6, 2), ["z"], ["logits"]))
+    td = rollout(2, 3, 5).set("is_init", torch.zeros(2, 3, 5, 1, dtype=torch.bool))
+    for state in ("recurrent_state_h", "recurrent_state_c"):
+        td[state] = torch.zeros(2, 3, 5, 1, 6)
+    whole = Gradient(policy, at_time(Target("logits", 0), 3), wrt="observation")
+    found = explain_rollout(whole, td, unit="trajectory")[KEY]
+    assert (found[..., :4, :] != 0).any(-1).all()
+    assert (found[..., 4, :] == 0).all()
+    steps = Gradient(policy, Target("logits", 0), wrt="observation")
+    alone = explain_rollout(steps, td)[KEY]
+    with modules.set_recurrent_mode(True):
+        assert torch.equal(explain_rollout(steps, td)[KEY], alone)
+    assert torch.allclose(alone[..., 3:4, :], explain_rollout(steps, td[..., 3:4])[KEY])
+
+
 def test_results_on_disk(tmp_path):
     td = rollout(4, 5)
     td[MASK] = torch.ones(4, 5, dtype=torch.bool)
