@@ -1,11 +1,14 @@
 # `make demo` and `make test` do all the set-up: a virtual environment .venv with the versions of constraints.txt.
 # Another interpreter: make PYTHON=python3.12 test. Other arguments for pytest: make test ARGS="tests/test_keys.py -x".
+# Tests run in two processes of one thread each; in this one: make test WORKERS=0.
 
 PYTHON ?= python3
 VENV := .venv
 NEXT := .venv-next
 NEXT_TENSORDICT := 0.15.3
 ARGS ?=
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 BIN := $(VENV)/bin
 PIP := -m pip --disable-pip-version-check install
@@ -28,10 +31,10 @@ demo: $(VENV)/demo.done
 	$(BIN)/tdconcepts demo $(ARGS)
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest $(ARGS)
+	$(call PYTEST,$(VENV))
 
 test-next: $(NEXT)/test.done
-	$(NEXT)/bin/python -m pytest $(ARGS)
+	$(call PYTEST,$(NEXT))
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ def oracle(name: str) -> ModuleType:
         pytest.skip(f"the oracle {package} is not installed (`make test` installs it)")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _ask_before_stand_ins()
         if package == "pnpxai":
             _load_before_stand_ins()
         sys.path.append(str(STUBS))  # last: a package that is really installed wins
@@ -34,6 +35,16 @@ def oracle(name: str) -> ModuleType:
         finally:
             sys.path.remove(str(STUBS))
             _forget_stand_ins()
+
+
+def _ask_before_stand_ins() -> None:
+    """transformers asks once whether torchvision and timm are there, and remembers the answer."""
+    try:
+        asked = importlib.import_module("transformers.utils.import_utils")
+    except ImportError:
+        return
+    for name in ("is_torchvision_available", "is_torchvision_v2_available", "is_timm_available"):
+        getattr(asked, name, bool)()
 
 
 def _load_before_stand_ins() -> None:
