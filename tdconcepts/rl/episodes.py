@@ -23,7 +23,7 @@ Policy: TypeAlias = Callable[[TensorDictBase], TensorDictBase]
 class Visited:
     """What :func:`run_episodes` saw on the way, one item for each batch of seeds that ran together.
 
-    ``starts``: the reset states ``[n]``; ``states``: the recorded entries ``[T, n]``; ``actions`` ``[T, n, ...]``;
+    ``starts``: the reset states ``[n]``; ``states``: what the policy was given ``[T, n]``; ``actions`` ``[T, n, ...]``;
     ``alive``: whether the first episode was still running ``[T, n]``.
     """
 
@@ -67,9 +67,12 @@ def run_episodes(
     *,
     max_steps: int = 1000,
     greedy: bool = True,
-    record: Sequence[NestedKey] = (),
+    without: Sequence[NestedKey] | None = None,
 ) -> tuple[TensorDictBase, Visited]:
-    """As :func:`episode_returns`, with the start states, and with the entries in ``record`` at each step."""
+    """As :func:`episode_returns`, with the start states, and all entries of each step but those in ``without``.
+
+    Default: no steps are kept.
+    """
     if max_steps < 1 or not len(seeds):
         raise BadValue(
             "no episode to run", got=f"{len(seeds)} seeds, max_steps={max_steps}", needed="at least one each"
@@ -80,7 +83,7 @@ def run_episodes(
         padded = part + part[-1:] * (width - len(part))
         with torch.no_grad(), interaction(greedy), torch.random.fork_rng(devices=[]):
             torch.manual_seed(padded[0])
-            parts.append(_together(env, policy, padded, max_steps, list(record), seen)[: len(part)])
+            parts.append(_together(env, policy, padded, max_steps, without, seen)[: len(part)])
     return torch.cat(parts), seen
 
 
@@ -90,7 +93,7 @@ def interaction(greedy: bool) -> set_interaction_type:
 
 
 def _together(
-    env: Any, policy: Policy, seeds: list[int], max_steps: int, record: list[NestedKey], seen: Visited
+    env: Any, policy: Policy, seeds: list[int], max_steps: int, without: Sequence[NestedKey] | None, seen: Visited
 ) -> TensorDictBase:
     done_at, count = join("next", done_key(env)), len(seeds)
     td = seeded_reset(env, seeds)
@@ -98,11 +101,13 @@ def _together(
     total, length = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.int64)
     alive = torch.ones(count, dtype=torch.bool)
     states, actions, alives = [], [], []
+    seen_keys: list[NestedKey] = []
     for _ in range(max_steps):
-        if record:
-            states.append(td.select(*record).clone())
+        if without is not None:
+            seen_keys = seen_keys or list(td.exclude("next", *without).keys(True, True))
+            states.append(td.select(*seen_keys).clone())
         td = policy(td)
-        if record:
+        if without is not None:
             actions.append(td.get(env.action_key).clone())
             alives.append(alive)
         td, following = env.step_and_maybe_reset(td)  # slots that are done go on with other episodes, which don't count
@@ -119,7 +124,7 @@ def _together(
         if not alive.any():
             break
         td = following
-    if record:
+    if without is not None:
         seen.states.append(torch.stack(states))
         seen.actions.append(torch.stack(actions))
         seen.alive.append(torch.stack(alives))

@@ -162,15 +162,15 @@ def compare_returns(
     if not 0.0 < confidence < 1.0:
         raise BadValue("confidence is out of range", got=confidence, needed="a number in (0, 1)", fix="confidence=0.95")
     named, controlled = _with_controls({BASELINE: policy, **variants}, controls)
-    record = _state_keys(policy) if flip_rate else []
+    written = _written(policy) if flip_rate else None
     results: list[TensorDictBase] = []
     reference, probabilities = Visited(), None
     for number, (name, variant) in enumerate(named.items()):
         if progress is not None:
             progress("closed-loop test", number / len(named), name)
         with _bound(name, variant, policy) as acting:
-            keep = [] if results else record
-            episodes, seen = run_episodes(env, acting, seeds, max_steps=max_steps, greedy=greedy, record=keep)
+            without = None if results else written
+            episodes, seen = run_episodes(env, acting, seeds, max_steps=max_steps, greedy=greedy, without=without)
             if not results:
                 reference = seen
             elif not _same_starts(seen, reference):
@@ -234,12 +234,13 @@ def _bound(name: str, variant: Any, policy: TensorDictModuleBase) -> Iterator[Po
         )
 
 
-def _state_keys(policy: Any) -> list[Any]:
+def _written(policy: Any) -> list[Any]:
+    """What the policy itself brings to a state: the rest is the environment's, and may be read by a variant."""
     keys = getattr(policy, "in_keys", None)
     if not keys:
         kind = type(policy).__name__
         raise BadType("flip_rate needs to know what the policy reads", got=kind, needed="a policy with in_keys")
-    return list(keys)
+    return [key for key in policy.out_keys if key not in keys]
 
 
 class _Replayed(NamedTuple):

@@ -68,8 +68,10 @@ def test_episodes_are_cut_at_max_steps_and_it_shows():
 
 
 def test_record_keeps_what_the_policy_saw_and_did():
-    _, seen = run_episodes(cartpole_env(2), POLICY, [3, 11, 4], record=["observation"])
+    _, seen = run_episodes(cartpole_env(2), POLICY, [3, 11, 4], without=["terminated"])
     assert len(seen.starts) == len(seen.states) == 2
+    assert set(seen.states[0].keys()) == {"observation", "done", "truncated"}
+    assert not run_episodes(cartpole_env(2), POLICY, [3], max_steps=2)[1].states
     for start, states, actions, alive in zip(seen.starts, seen.states, seen.actions, seen.alive, strict=True):
         assert torch.equal(states["observation"][0], start["observation"])
         assert torch.equal(lean(states["observation"]), actions)

@@ -15,7 +15,7 @@ from tensordict.nn import (
 )
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.hooks import Ablate, Patch, Scale, Site, patch
+from tdconcepts.hooks import Ablate, Patch, Scale, Site, Steps, When, patch
 from tdconcepts.hooks.controls import _rotation
 from tdconcepts.rl.returns import Returns, compare_returns, student_t
 
@@ -132,6 +132,28 @@ def test_flip_rate_is_open_loop_on_the_baselines_states():
     result = compare_returns(Echo(), policy(), {"zero": {"z": Scale(0.0)}}, seeds=[0, 0, 5], flip_rate=True)
     assert result.of("zero")["flips"].tolist() == [0.0, 0.0, 1.0]
     assert result.of("unpatched")["flips"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_variants_may_read_what_the_policy_does_not():
+    envs = pytest.importorskip("torchrl.envs")
+    from tdconcepts.rl import cartpole_env
+
+    env = envs.TransformedEnv(cartpole_env(2), envs.StepCounter())
+    lean = TensorDictSequential(
+        TensorDictModule(lambda o: o[..., 2:3], ["observation"], ["z"]),
+        TensorDictModule(lambda z: (z[..., 0] > 0).long(), ["z"], ["action"]),
+    )
+    variants = {
+        "late": {"z": When(Scale(-1.0), Steps(4))},
+        "ended": {"z": When(Scale(-1.0), "truncated")},
+        "counted": TensorDictModule(lambda n: (n[..., 0] < 0).long(), ["step_count"], ["action"]),
+    }
+    result = compare_returns(env, lean, variants, seeds=[0, 1], max_steps=8, flip_rate=True)
+    assert result.of("late")["flips"].tolist() == [0.5, 0.5]
+    assert result.of("ended")["flips"].tolist() == [0.0, 0.0]
+    assert (result.of("counted")["flips"] > 0).all()
+    controlled = {"late": variants["late"]}
+    assert compare_returns(env, lean, controlled, seeds=[0], max_steps=8, flip_rate=True, controls=1)
 
 
 class Coin:
