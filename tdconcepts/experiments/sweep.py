@@ -20,6 +20,7 @@ from tdconcepts.experiments.plans import PLANS, Case, Reach, Results, Steps, obs
 from tdconcepts.experiments.table import Experiments, Table, Where, check_experiments, reads
 from tdconcepts.hooks import Capture, Hooked, Site, check_module, check_td, dispatch_rows, locate
 from tdconcepts.hooks.batching import check_chunk_size, dense
+from tdconcepts.hooks.calling import check_norms, norms_of
 from tdconcepts.hooks.contexts import acted_on, active
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.plans import Run, Step
@@ -112,7 +113,7 @@ class Sweep(TensorDictModuleBase):
         check_writable(self.out_keys, self.in_keys)
         self._decided: dict[Any, _Decision] = {}
         self._tree = tuple(model.modules())  # to look at their modes at each call
-        self._norms = [module for module in self._tree if isinstance(module, nn.modules.batchnorm._NormBase)]
+        self._norms = norms_of(model)
 
     @dispatch_rows
     @set_skip_existing(None)
@@ -155,15 +156,7 @@ class Sweep(TensorDictModuleBase):
         return SweepPlan(decision.name, decision.table.n, len(chunks), least / max(1, spent), dict(decision.why_not))
 
     def _work(self, td: TensorDictBase) -> TensorDictBase:
-        for module in self._norms:
-            if module.training:
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) or module.track_running_stats:
-                    raise BadValue(
-                        "experiments would change each other through the statistics of a batch",
-                        got=f"{type(module).__name__} in training mode",
-                        needed="statistics that are fixed",
-                        fix="model.eval()",
-                    )
+        check_norms(self._norms, "experiments")
         work = dense(td, self.in_keys)
         return work if td.batch_dims else work.unsqueeze(0)
 

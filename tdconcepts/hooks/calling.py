@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from tdconcepts.errors import BadKey, BadType, BadValue, TdConceptsError, nearest
 from tdconcepts.keys import NestedKey, join, key_text
 
-__all__ = ["dispatch_rows", "explained", "missing_entries"]
+__all__ = ["check_norms", "dispatch_rows", "explained", "missing_entries", "norms_of"]
 
 
 def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,3 +91,28 @@ def missing_entries(keys: Sequence[NestedKey], td: TensorDictBase) -> BadKey:
     have = list(td.keys(True, True))
     shown = ", ".join(map(key_text, keys))
     return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=nearest(keys[0], have))
+
+
+def norms_of(module: nn.Module) -> list[nn.Module]:
+    """The layers of ``module`` that may take statistics of a batch, for :func:`check_norms` to look at at each call."""
+    return [one for one in module.modules() if isinstance(one, _NormBase)]
+
+
+def check_norms(norms: Iterable[nn.Module], what: str) -> None:
+    """Raise where one of ``norms`` takes the statistics of the batch: a row is then not what it is alone.
+
+    A batch of several points of a path, or of rows of which one is edited, has statistics of its own, and each forward
+    would write to the running ones.
+
+    Raises:
+        BadValue: with the layer's type.
+    """
+    for norm in norms:
+        own = isinstance(norm, _BatchNorm) and norm.running_mean is None  # it has no others in either mode
+        if own or (norm.training and (isinstance(norm, _BatchNorm) or norm.track_running_stats)):
+            raise BadValue(
+                f"{what} would change each other through the statistics of the batch",
+                got=f"{type(norm).__name__} " + ("without running statistics" if own else "in training mode"),
+                needed="statistics that are fixed",
+                fix="track_running_stats=True, and model.eval()" if own else "model.eval()",
+            )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import check_chunk_size, joined, pieces_of, rows_of, slices, tracked, widths
-from tdconcepts.hooks.calling import explained
+from tdconcepts.hooks.calling import check_norms, explained, norms_of
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.sites import Site
@@ -89,7 +89,7 @@ class Explaining:
         self.out_key = as_key(options.get("out_key", ATTRIBUTION))
         self._room = join(self.out_key)[0]
         self.pullback = Pullback(module, target, wrt, whole=self.outputs, rules=rules)
-        self.in_keys, self.widths = self.pullback.in_keys, widths(module)
+        self.in_keys, self.widths, self._norms = self.pullback.in_keys, widths(module), norms_of(module)
         self.entries = [w for w in self.pullback.wrt if not isinstance(w, Site) and w in self.in_keys]
         self.attribution_keys: list[NestedKey] = [as_key(join(self.out_key, name)) for name in self.pullback.names]
         self.out_keys = [
@@ -106,6 +106,7 @@ class Explaining:
     ) -> TensorDictBase:
         """Write what ``attribute(part, held)`` gives for each chunk of the batch, and return ``td``."""
         check_td(td)
+        check_norms(self._norms, "rows")
         self._check_room(td)
         held = td.get(HELD)
         finite(td, self.entries, self.check_finite)
@@ -158,9 +159,11 @@ class Explaining:
         """How many rows of a batch are explained at a time; None for all of them."""
         return pieces_of(td, self.chunk_size, self.in_keys, self.pullback.module, self.widths)
 
-    def rows(self, td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = ()) -> int:
+    def rows(
+        self, td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = (), kept: bool = False
+    ) -> int:
         """How many copies of rows may be in flight: ``chunk_size``, or a choice; see ``rows_of``."""
-        return rows_of(td, self.chunk_size, keys, inside, self.widths)
+        return rows_of(td, self.chunk_size, keys, inside, self.widths, kept)
 
     def tracked(self, pieces: Sequence[T], what: str) -> Iterable[T]:
         """``pieces``, with a progress bar where one is wanted."""

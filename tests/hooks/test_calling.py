@@ -6,9 +6,11 @@ import pytest
 import torch
 from hooks.nets import batch, mlp
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, set_skip_existing
+from torch import nn
 
-from tdconcepts.errors import BadKey, BadType
+from tdconcepts import Gradient, IntegratedGradients
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Add, Replace, Scale, Site, Target, capture, dispatch_rows, patch
 
 
@@ -98,3 +100,19 @@ def test_explanations_are_the_same_by_tensors():
     td = m(batch())
     for key, found in zip(m.out_keys, m(batch()["x"]), strict=True):
         assert found.equal(td[key])
+
+
+def test_statistics_of_the_batch_are_refused():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model, td = TensorDictModule(net, ["x"], ["y"]), TensorDict(x=torch.randn(5, 4), batch_size=[5])
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    for method in Gradient, IntegratedGradients:
+        explain = method(model.train(), Target("y", 0))
+        with pytest.raises(BadValue, match="BatchNorm1d in training mode"):
+            explain(td.copy())
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+        model.eval()  # it is looked at at each call
+        assert explain(td.copy())["attribution", "x"].shape == (5, 4)
+    net[1] = nn.BatchNorm1d(3, track_running_stats=False).eval()
+    with pytest.raises(BadValue, match="without running statistics"):
+        Gradient(model, Target("y", 0))(td)
