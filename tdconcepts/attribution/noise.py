@@ -124,7 +124,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         others = [key for key in (*keys, HELD) if key not in scales]
         rows = rows_of(inputs, self.chunk_size, self._noisy, wide=self._widths)
         most = pieces_of(inputs, self.chunk_size, self._noisy, self.explainer, self._widths)
-        pieces = [(index, part, _Moments()) for index, part in slices(inputs, most)]
+        pieces = [(index, part, _Moments(self._squares)) for index, part in slices(inputs, most)]
         for group in tracked(groups(self.n_iter, rows, inputs.numel()), self.progress, "draws"):
             noisy = self._noisy_values(tensordict, scales, group)
             for index, part, moments in pieces:
@@ -144,6 +144,8 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         """The index that the explained target's ``"argmax"`` chooses here."""
         hold = getattr(self.explainer, "hold", None)
         return None if hold is None else hold(tensordict)
+
+    _squares = False  # whether the variance is needed
 
     def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
         return moments.mean(key)
@@ -240,6 +242,8 @@ class VarGrad(SmoothGrad):
         0.0
     """
 
+    _squares = True
+
     def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
         return moments.variance(key)
 
@@ -260,6 +264,8 @@ class SmoothGradSquared(SmoothGrad):
         >>> torch.allclose(td["attribution", "x"], net.module.weight[0].square().expand(3, 4))
         True
     """
+
+    _squares = True
 
     def _summary(self, moments: _Moments, key: NestedKey) -> Tensor:
         return moments.mean(key).square() + moments.variance(key)
@@ -306,7 +312,8 @@ def _is_level(noise_level: object) -> bool:
 class _Moments:
     """Running mean and variance of each entry, in groups, around the first draw (so equal draws give zero)."""
 
-    def __init__(self) -> None:
+    def __init__(self, squares: bool) -> None:
+        self.squares = squares
         self.state: dict[NestedKey, tuple[int, Tensor, Tensor, Tensor]] = {}
 
     def add(self, key: NestedKey, group: Tensor) -> None:
@@ -314,16 +321,17 @@ class _Moments:
         pivot = group[0] if known is None else known[1]
         wide = torch.promote_types(pivot.dtype, torch.float32)
         moved = group.to(wide) - pivot.to(wide)
-        if m == 1 or not moved.numel():
-            mean, variance = moved.sum(0), torch.zeros_like(moved[0])
+        mean = moved[0] if m == 1 else moved.mean(0)
+        if not self.squares or m == 1 or not moved.numel():
+            variance = mean.new_zeros(())
         else:  # two passes: as exact as torch.var_mean, and much faster for few draws of many numbers
-            mean = moved.mean(0)
-            variance = (moved - mean).square().mean(0)
+            variance = moved.sub_(mean).square_().mean(0) if not moved.requires_grad else (moved - mean).square().mean(0)
         if known is not None:
             n, _, before, spread = known
             m, share, delta = n + m, m / (n + m), mean - before
             mean = before + share * delta
-            variance = (1 - share) * spread + share * variance + share * (1 - share) * delta.square()
+            if self.squares:
+                variance = (1 - share) * spread + share * variance + share * (1 - share) * delta.square()
         self.state[key] = (m, pivot, mean, variance)
 
     def mean(self, key: NestedKey) -> Tensor:
@@ -332,4 +340,4 @@ class _Moments:
 
     def variance(self, key: NestedKey) -> Tensor:
         _, pivot, _, variance = self.state[key]
-        return variance.to(pivot.dtype)
+        return variance.to(pivot.dtype).expand_as(pivot).clone() if not variance.ndim else variance.to(pivot.dtype)

@@ -17,6 +17,7 @@ from tdconcepts.hooks.contexts import acted_on, run_under
 from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.locate import locate
+from tdconcepts.hooks.plain import call_stage
 from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
 from tdconcepts.hooks.sites import Place, Site
 from tdconcepts.hooks.stages import check_module, containers, needed, overlap
@@ -226,7 +227,7 @@ class Pullback:
     def _forward(self, work: TensorDictBase, run: Run) -> TensorDictBase:
         try:
             for stage in [self.module] if acted_on(self._passed) else self.stages:
-                work = stage(work)
+                work = call_stage(stage, work)
         except Stop:
             pass
         except Exception as error:
