@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -114,7 +114,7 @@ def keyed_groups(masks: Masks, names: Sequence[NestedKey], td: TensorDictBase) -
     """All numbers of groups in the masks that are entries of ``td``, so that pieces of it number them alike."""
     if masks is None:
         return torch.zeros(0, dtype=torch.long)
-    values = [td.get(key) for key in (mask_key(masks, name) for name in names) if key is not None]
+    values = [_held(td, key) for key in (mask_key(masks, name) for name in names) if key is not None]
     found = [value.flatten().long() for value in values if isinstance(value, Tensor)]
     return torch.cat(found).unique() if found else torch.zeros(0, dtype=torch.long)
 
@@ -181,11 +181,20 @@ def _of(masks: Masks, name: NestedKey) -> Mask | None:
 def _entry(masks: Masks, name: NestedKey, td: TensorDictBase) -> Tensor:
     key = mask_key(masks, name)
     assert key is not None
-    ids = td.get(key)
+    ids = _held(td, key)
     if ids is None:
         raise BadKey(f"no mask for {key_text(name)}", got=f"no entry {key_text(key)}")
     _check(ids)
     return ids
+
+
+def _held(td: TensorDictBase, key: NestedKey) -> Any:
+    """What is under ``key``; None also where one of its first parts is a tensor, and not a TensorDict."""
+    first, *rest = join(key)
+    inner = td.get(first, None)
+    if not rest:
+        return inner
+    return inner.get(tuple(rest), None) if isinstance(inner, TensorDictBase) else None
 
 
 def _check(mask: object) -> None:

@@ -119,6 +119,8 @@ def test_masks_of_rows_that_are_none(image_net, images):
     td = parted(images)
     with pytest.raises(BadKey, match=r"no mask for 'image'|no entry"):
         explain(td.select("image"))
+    with pytest.raises(BadKey, match="no mask for 'image'"):
+        explain(td.select("image").set("parts", torch.zeros(3, 6, 6, dtype=torch.long)))
     with pytest.raises(BadType, match="not a mask"):
         explain(td.copy().set(("parts", "image"), torch.zeros(3, 1, 6, 6)))
     with pytest.raises(BadValue, match="another shape"):
