@@ -80,6 +80,10 @@ def counterfactual(
     if not len(others) or others.shape[1:] != logged.shape:
         needed = f"[A, *{list(logged.shape)}], A >= 1"
         raise BadValue("not the other actions", got=f"shape {list(others.shape)}", needed=needed)
+    specs = getattr(env, "full_action_spec_unbatched", None)
+    rounded = not logged.is_floating_point() and bool((others.to(logged) != others).any())
+    if rounded or (specs is not None and not specs[env.action_key].is_in(others.to(logged))):
+        raise BadValue("not actions of this environment", got=others.tolist(), needed="actions of env.action_spec")
     branches = torch.cat([logged.unsqueeze(0), others.to(logged)])
     width, found = max(1, env.batch_size.numel()), []
     for start in range(0, len(branches), width):

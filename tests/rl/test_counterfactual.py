@@ -133,6 +133,9 @@ def test_bad_input():
         counterfactual(env, episode, len(episode), [0], LEAN, seed=3)
     with pytest.raises(BadValue, match="not the other actions"):
         counterfactual(env, episode, 0, [], LEAN, seed=3)
+    for action in ([2], [-1], [0.5]):
+        with pytest.raises(BadValue, match="not actions of this environment"):
+            counterfactual(env, episode, 0, action, LEAN, seed=3)
     with pytest.raises(BadType, match="one logged episode"):
         counterfactual(env, episode.unsqueeze(0), 0, [0], LEAN, seed=3)
     with pytest.raises(BadKey, match="has no 'action'"):
