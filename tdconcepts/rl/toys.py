@@ -68,11 +68,12 @@ def lstm_recall(seed: int = 0, *, delay: int = 6, updates: int = 300, progress: 
         progress: called as ``progress(stage, done in [0, 1], note)``.
 
     Raises:
-        MissingExtra: torchrl is not installed.
+        MissingExtra: torchrl is not installed. BadValue: no updates.
 
     Source: Hochreiter and Schmidhuber 1997 for the task (long time lags).
     """
     modules = import_extra("torchrl.modules", "rl")
+    _check_updates(updates)
     env = recall_env(64, delay=delay, seed=seed + 1_000_000)
     keeper = Keeper(
         lambda policy: episode_returns(env, policy, range(seed, seed + 64), max_steps=delay + 2),
@@ -110,7 +111,9 @@ def lstm_recall(seed: int = 0, *, delay: int = 6, updates: int = 300, progress: 
             (-(2 * right - 1).mean()).backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimiser.step()
-            if update % 20 == 19 and keeper.look((update + 1) * 64 * steps, (update + 1) / updates, policy):
+            if (update % 20 == 19 or update == updates - 1) and keeper.look(
+                (update + 1) * 64 * steps, (update + 1) / updates, policy
+            ):
                 break
     return keeper.agent(seed)
 
@@ -150,11 +153,12 @@ def multiagent_meeting(
         progress: called as ``progress(stage, done in [0, 1], note)``.
 
     Raises:
-        MissingExtra: torchrl is not installed.
+        MissingExtra: torchrl is not installed. BadValue: no updates.
 
     Source: analytic policy gradients as in torchrl's pendulum tutorial; parameter sharing as in Gupta et al. 2017.
     """
     modules = import_extra("torchrl.modules", "rl")
+    _check_updates(updates)
     env, judges = meeting_env(32, agents=agents, seed=seed), meeting_env(32, agents=agents, seed=seed + 1_000_000)
     keeper = Keeper(
         lambda policy: episode_returns(judges, policy, range(seed, seed + 32), max_steps=MEETING_STEPS),
@@ -186,9 +190,16 @@ def multiagent_meeting(
             (-rollout.get(("next", "reward")).mean()).backward()
             nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimiser.step()
-            if update % 25 == 24 and keeper.look((update + 1) * 32 * MEETING_STEPS, (update + 1) / updates, policy):
+            if (update % 25 == 24 or update == updates - 1) and keeper.look(
+                (update + 1) * 32 * MEETING_STEPS, (update + 1) / updates, policy
+            ):
                 break
     return keeper.agent(seed)
+
+
+def _check_updates(updates: int) -> None:
+    if updates < 1:
+        raise BadValue("no updates to train with", got=f"updates={updates}", needed="at least one")
 
 
 def _sequences(count: int, delay: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

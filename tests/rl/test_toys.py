@@ -93,6 +93,13 @@ def test_a_seed_repeats_and_leaves_the_global_state_alone():
     assert torch.get_rng_state().equal(before)
 
 
+@pytest.mark.parametrize("train", [lstm_recall, multiagent_meeting])
+def test_the_last_update_is_judged(train):
+    assert len(train(updates=1).history) == 1
+    with pytest.raises(BadValue, match="no updates"):
+        train(updates=0)
+
+
 def test_environments_pickle():
     env = toys.MeetingEnv(2, 3, 0)
     again = pickle.loads(pickle.dumps(env))
