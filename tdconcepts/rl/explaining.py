@@ -73,7 +73,7 @@ def explain_rollout(
         A shallow copy of ``rollout`` (it shares every tensor) with the explainer's results.
 
     Raises:
-        BadType: the explainer is no TensorDictModule.
+        BadType: the explainer is no TensorDictModule, the rollout no TensorDict.
         BadKey: the rollout lacks an entry that the explainer or the mask needs.
         BadValue: a rollout without batch dims, a mask of another shape, ``chunk_size < 1``, ragged trajectories
             ``into`` a folder.
@@ -90,6 +90,8 @@ def explain_rollout(
                 [2., 2., 0.]])
     """
     check_module(explainer, "the explainer")
+    if not isinstance(rollout, TensorDictBase):
+        raise BadType("a rollout is a TensorDict", got=type(rollout).__name__, needed="what env.rollout gives")
     if rollout.ndim < 1:
         raise BadValue(
             "a rollout has batch dims, the last of them time",

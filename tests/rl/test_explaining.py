@@ -159,6 +159,8 @@ def test_bad_input():
         explain_rollout(torch.nn.Linear(4, 2), td)
     with pytest.raises(BadKey, match="no entry 'observation', which the explainer reads"):
         explain_rollout(explainer(), td.exclude("observation"))
+    with pytest.raises(BadType, match="a rollout is a TensorDict"):
+        explain_rollout(explainer(), td["observation"])
     with pytest.raises(BadKey, match="no mask 'ok'"):
         explain_rollout(explainer(), td, mask="ok")
     td["ok"] = torch.ones(2, 5, 2, dtype=torch.bool)
