@@ -156,7 +156,7 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         ends, starts = self._ends(path, td)
         steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
         totals: dict[Wrt, Tensor] = {}
-        rows = this.rows(td, path.in_keys, ends.values())
+        rows = this.rows(td, path.in_keys, ends.values(), kept=True)
         others = [key for key in path.reads(td) if key not in path.wrt]
         for group in this.tracked(groups(self.n_steps, rows, td.numel()), "path"):
             n, some = len(group), slice(group.start, group.stop)

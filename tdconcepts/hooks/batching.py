@@ -25,6 +25,7 @@ T = TypeVar("T")
 # Numbers of the widest layer in flight, times 64 on a GPU: for copies of rows; and more than these go in pieces.
 _COPIES, _LARGE = 2**18, 2**21
 _FEWEST_ROWS, _MOST_ROWS, _PIECE_ROWS = 4, 2**14, 8
+_KEPT = 3  # copies of a batch whose layers are all kept, so that all is within four times that of the batch
 _POOLS = {1: (nn.MaxPool1d, nn.AvgPool1d), 2: (nn.MaxPool2d, nn.AvgPool2d), 3: (nn.MaxPool3d, nn.AvgPool3d)}
 
 
@@ -105,6 +106,7 @@ def rows_of(
     keys: Iterable[NestedKey],
     inside: Iterable[Tensor] = (),
     wide: Widths = Widths(),  # noqa: B008 (it is a constant)
+    kept: bool = False,
 ) -> int:
     """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row.
 
@@ -119,13 +121,16 @@ def rows_of(
         keys: the entries that a row is made of.
         inside: values at sites that are put into the module, which count where they are larger.
         wide: what the network makes of a row.
+        kept: whether all layers of these rows are kept, for gradients: then a choice is at most three copies of the
+            batch, or half a MB.
     """
     if chunk_size is not None:
         return chunk_size
     size, scale = _elements(td, keys, wide)
     size = max(size, *(value.numel() for value in inside), 1)
     rows = max(1, td.numel())
-    return max(rows, min(_MOST_ROWS, max(_FEWEST_ROWS, scale * _COPIES * rows // max(rows, size))))
+    most = min(_MOST_ROWS, max(_FEWEST_ROWS, scale * _COPIES * rows // max(rows, size)))
+    return max(rows, min(most, max(_KEPT * rows, most // 2)) if kept and scale == 1 else most)
 
 
 def pieces_of(
