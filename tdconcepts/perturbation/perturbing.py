@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -132,6 +133,7 @@ class Game:
         self.starts = {w: start(given, names[w], end, td) for w, end in self.ends.items() if self.rows[w] is None}
         self.ids, self.count = numbered(owner.mask, self.ends, td, also)
         self.device = next(iter(self.ends.values())).device
+        self._short: dict[Wrt, tuple[Tensor, int]] = {}
 
     def values(self, n: int, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None = None) -> Tensor:
         """The explained numbers of ``n`` experiments, ``[n, *B]`` or ``[n, *B, T]``.
@@ -165,8 +167,9 @@ class Game:
         table = with_none(torch.arange(n, device=self.device)) if whole else None
 
         def elements(at: Tensor, w: Wrt) -> Tensor:
+            ids, run = self._runs(w)
             stay = with_none(at) if table is None else table[at]
-            return stay.to(self.ids[w].device)[:, self.ids[w]]
+            return _repeated(stay.to(ids.device)[:, ids], run)
 
         return self.values(n, elements)
 
@@ -177,8 +180,8 @@ class Game:
         missing = missing.view(-1, *[1] * self.lead)
 
         def elements(at: Tensor, w: Wrt) -> Tensor:
-            ids = self.ids[w]
-            return missing[at].to(ids.device).view(len(at), *[1] * ids.ndim) != ids
+            ids, run = self._runs(w)
+            return _repeated(missing[at].to(ids.device).view(len(at), *[1] * ids.ndim) != ids, run)
 
         values = self.values(self.count + 1, elements, other)
         return self.spread(values[:1] - values[1:])
@@ -205,6 +208,17 @@ class Game:
         if self.count > most:
             raise BadValue(f"too many features for {what}", got=f"{self.count}", needed=f"at most {most}", fix=fix)
 
+    def _runs(self, w: Wrt) -> tuple[Tensor, int]:
+        """``ids`` without dims along which they don't change, and one for each run of equal ones along the last dim.
+
+        To look features up element by element takes longer than all the rest where a feature is a tile of an image.
+        """
+        if w not in self._short:
+            ids = self.ids[w]
+            masked = self.owner.mask is not None and ids.is_cpu and ids.ndim and ids.numel()
+            self._short[w] = _shortened(ids) if masked else (ids, 1)
+        return self._short[w]
+
     def _moved(self, w: Wrt, at: Tensor, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None) -> Tensor:
         end, rows, lead, copies = self.ends[w], self.rows[w], self.lead, self.copies
         experiment = at // copies if copies > 1 else at
@@ -223,3 +237,17 @@ class Game:
 
 
 Other = Callable[[Tensor, Wrt], Tensor]
+
+
+def _shortened(ids: Tensor) -> tuple[Tensor, int]:
+    for dim in range(ids.ndim):
+        first = ids.narrow(dim, 0, 1)
+        if bool((ids == first).all()):
+            ids = first
+    changes = (ids[..., 1:] != ids[..., :-1]).flatten(0, -2).any(0) if ids.ndim > 1 else ids[1:] != ids[:-1]
+    run = math.gcd(ids.shape[-1], *(changes.nonzero().flatten() + 1).tolist())
+    return ids[..., ::run].contiguous(), run
+
+
+def _repeated(stay: Tensor, run: int) -> Tensor:
+    return stay if run == 1 else stay.unsqueeze(-1).expand(*stay.shape, run).flatten(-2)

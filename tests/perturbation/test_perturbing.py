@@ -8,7 +8,7 @@ from torch import nn
 
 from tdconcepts import Site, Target
 from tdconcepts.errors import BadKey, BadType
-from tdconcepts.perturbation import FeatureAblation, KernelShap, ShapleySampling
+from tdconcepts.perturbation import FeatureAblation, KernelShap, ShapleyExact, ShapleySampling
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 100])
@@ -99,3 +99,30 @@ def test_bad_input(net, batch):
         FeatureAblation(net, Target("logits", 0))(batch(2).exclude("x"))
     with pytest.raises(BadType, match="bare"):
         FeatureAblation(net[0].module, Target("logits", 0))
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, ShapleyExact])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]).expand(3, 4, 8),
+        torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]).expand(3, 4, 8),
+        torch.arange(4).view(4, 1).expand(3, 4, 8) - 1,
+        torch.tensor([[0] * 8, [0, 0, 0, 0, 1, 1, 1, 1], [1] * 8, [-1] * 8]).expand(3, 4, 8),
+        torch.zeros(3, 4, 8, dtype=torch.long),
+        torch.full((3, 4, 8), -1),
+    ],
+)
+def test_features_of_many_elements_are_looked_up_once(method, mask):
+    """The same as with the features of each element, which a mask for each row asks for."""
+    torch.manual_seed(0)
+    net = TensorDictModule(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(96, 5), torch.nn.Tanh()), "x", "y")
+    td = TensorDict(x=torch.randn(2, 3, 4, 8), m=TensorDict(x=mask.expand(2, 3, 4, 8), batch_size=[2]), batch_size=[2])
+    td["m", "x"] = td["m", "x"].clone()
+    short = method(net, Target("y", 1), mask=mask)(td.copy())["attribution", "x"]
+    assert torch.allclose(short, method(net, Target("y", 1), mask="m")(td.copy())["attribution", "x"], atol=1e-6)
+    x, groups = td["x"], mask.unique()
+    for g in groups[groups >= 0].tolist() if method is FeatureAblation else ():
+        lost = net(TensorDict(x=x, batch_size=[2]))["y"] - net(TensorDict(x=x * (mask != g), batch_size=[2]))["y"]
+        assert torch.allclose(short[:, mask == g], lost[:, 1:2].expand(2, int((mask == g).sum())), atol=1e-6)
+    assert short[:, mask < 0].eq(0).all()
