@@ -10,7 +10,7 @@ from torch import nn
 
 from tdconcepts.errors import BadKey, nearest
 from tdconcepts.hooks.contexts import hold, release
-from tdconcepts.hooks.sites import Place, Site, module_paths, place_of_entry, places
+from tdconcepts.hooks.sites import Place, Site, matches, module_paths, place_of_entry, places
 from tdconcepts.hooks.stages import writer
 from tdconcepts.keys import NestedKey, as_key, key_text
 
@@ -35,11 +35,12 @@ def locate(model: nn.Module, what: NestedKey | Site, paths: Mapping[str, nn.Modu
     stage = writer(model, key) if isinstance(model, TensorDictModuleBase) else None
     if stage is None:
         written = list(getattr(model, "out_keys", []))
+        named = isinstance(key, str) and matches(paths or module_paths(model), key)
         raise BadKey(
             f"the model writes no entry {key_text(key)}",
             got=key_text(key),
             needed=f"an entry that it writes: {nearest(key, written)}",
-            fix=f"Site({key!r}) names a module" if key in (paths or module_paths(model)) else None,
+            fix=f"Site({key!r}) names a module" if named else None,
         )
     return [place_of_entry(stage, key)]
 

@@ -14,7 +14,7 @@ from torch import nn
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["Place", "Site", "is_compiled", "module_paths", "parameter_paths", "place_of_entry", "places"]
+__all__ = ["Place", "Site", "is_compiled", "matches", "module_paths", "parameter_paths", "place_of_entry", "places"]
 
 Index: TypeAlias = Any  # int | slice | Ellipsis | list of int | tuple of these
 _TEXT = re.compile(
@@ -176,10 +176,10 @@ def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = 
         BadKey: when nothing matches, with the nearest paths.
     """
     paths = module_paths(root) if paths is None else paths
-    names = _matching(paths, site.path)
+    names = matches(paths, site.path)
     if not names:
         full = module_paths(root, full=True)
-        names = _matching(full, site.path)
+        names = matches(full, site.path)
         paths = full if names else paths
     if not names:
         raise BadKey(
@@ -210,7 +210,8 @@ def _place(site: Site, module: nn.Module) -> Place:
     return Place(site, site.key, module, site.side, site.index, site.call, site.leaf, out_keys)
 
 
-def _matching(paths: Mapping[str, nn.Module], path: str) -> list[str]:
+def matches(paths: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The paths of modules that ``path`` names, several where it is a glob."""
     if path in paths:
         return [path]
     if "*" not in path:

@@ -34,6 +34,8 @@ def test_entries_that_are_not_written():
     with pytest.raises(BadKey, match="writes no entry '1'") as error:
         locate(net, "1")
     assert "Site('1') names a module" in str(error.value)
+    with pytest.raises(BadKey, match=r"Site\('\*'\) names a module"):  # globs too
+        locate(net, "*")
     with pytest.raises(BadKey, match="writes no entry 'x'"):
         locate(net, "x")
     with pytest.raises(BadKey, match="writes no entry 'y'"):
