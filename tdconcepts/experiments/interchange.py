@@ -176,6 +176,9 @@ def _basis(subspace: Tensor) -> Tensor:
     size = upper.diagonal().abs()
     if subspace.shape[0] > subspace.shape[1] or bool((size <= 1e-6 * size.max()).any()):
         raise BadValue(
-            "the directions depend on each other", got=f"{list(subspace.shape)}", needed="k independent ones"
+            "the directions depend on each other",
+            got=f"a tensor {list(subspace.shape)}, of which each row is a direction",
+            needed="k independent rows [k, F]",
+            fix="subspace.mT" if subspace.shape[0] > subspace.shape[1] else None,
         )
     return basis

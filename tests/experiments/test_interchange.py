@@ -105,6 +105,8 @@ def test_errors():
         interchange(model, Site("0"), label="label")(td.clone().set("label", torch.zeros(4, 3).long()))
     with pytest.raises(BadValue, match="depend"):
         interchange(model, Site("0"), subspace=torch.ones(2, 5))
+    with pytest.raises(BadValue, match=r"subspace\.mT"):  # a basis in columns, where directions are rows
+        interchange(model, Site("0"), subspace=torch.randn(5, 2))
     with pytest.raises(BadType, match="subspace"):
         interchange(model, Site("0"), subspace=[1.0])
     with pytest.raises(BadValue, match="features"):
