@@ -167,7 +167,8 @@ class Summed(Absolute):
 class Normalised(Absolute):
     r"""An explanation on a common scale, row by row: :math:`A / s(A)`.
 
-    Reads and writes as :class:`Absolute`. A row of zeros stays zero. With several targets each has its own scale.
+    Reads and writes as :class:`Absolute`. A row of zeros stays zero. Several targets have one scale, with which
+    they compare, or with ``targets=True`` each its own, as if explained alone.
 
     Args:
         explainer: any module that writes attributions.
