@@ -90,7 +90,9 @@ def missing_entries(keys: Sequence[NestedKey], td: TensorDictBase) -> BadKey:
     """The error that says which entries are not there, with the nearest names."""
     have = list(td.keys(True, True))
     shown = ", ".join(map(key_text, keys))
-    return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=nearest(keys[0], have))
+    close = nearest(keys[0], have)
+    needed = close if close.startswith("did you mean") else shown  # others are no way out
+    return BadKey(f"no entry {shown} in the TensorDict", got=f"entries {have}", needed=needed)
 
 
 def norms_of(module: nn.Module) -> list[nn.Module]:

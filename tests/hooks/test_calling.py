@@ -116,3 +116,10 @@ def test_statistics_of_the_batch_are_refused():
     net[1] = nn.BatchNorm1d(3, track_running_stats=False).eval()
     with pytest.raises(BadValue, match="without running statistics"):
         Gradient(model, Target("y", 0))(td)
+
+
+def test_an_entry_that_is_missing_is_what_is_needed():
+    model = TensorDictModule(nn.Linear(4, 2), ["observation"], ["y"])
+    for name, words in ("obs", "needed:  'observation'"), ("observatoin", "did you mean 'observatoin'"):
+        with pytest.raises(BadKey, match=f"(?s)no entry 'observation'.*{words}"):
+            Gradient(model, Target("y", 0))(TensorDict({name: torch.randn(3, 4)}, batch_size=[3]))
