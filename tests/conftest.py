@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = ["stubs"]  # collected, they would be in sys.modules under the names that they stand in for
+
 torch.set_num_threads(1)  # the nets are small: more threads only cost
 
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
