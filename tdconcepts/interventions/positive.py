@@ -19,7 +19,7 @@ __all__ = ["PositiveWeights"]
 
 
 class PositiveWeights(ConceptStage):
-    """Writes the concepts as they come out with the negative weights at zero: ``value = layer(x; max(w, 0))``.
+    """Writes the concepts as they come out with negative weights and biases at zero: ``value = layer(x; max(w, 0))``.
 
     The layer is the last stage with parameters that the concepts come from, with all the stages from there to the
     concepts (a sigmoid, say). It is called once more, functionally: its parameters and buffers stay as they are, and
