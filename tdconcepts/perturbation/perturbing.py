@@ -83,7 +83,9 @@ class Perturbing:
             held = self.hold(part) if held is None else held
             found: dict[NestedKey, Tensor] = {}
             for path in self.games:
-                found |= self.named(play(Game(self, path, part, held, also)))
+                game = Game(self, path, part, held, also)
+                untouched = self.mask is not None and not game.count
+                found |= self.named(game.one_by_one() if untouched else play(game))
             return found | outputs
 
         return self.explaining.run(td, attribute)

@@ -8,7 +8,7 @@ from torch import nn
 
 from tdconcepts import Site, Target
 from tdconcepts.errors import BadKey, BadType
-from tdconcepts.perturbation import FeatureAblation, KernelShap, ShapleyExact, ShapleySampling
+from tdconcepts.perturbation import FeatureAblation, KernelShap, Lime, ShapleyExact, ShapleySampling
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 100])
@@ -126,3 +126,9 @@ def test_features_of_many_elements_are_looked_up_once(method, mask):
         lost = net(TensorDict(x=x, batch_size=[2]))["y"] - net(TensorDict(x=x * (mask != g), batch_size=[2]))["y"]
         assert torch.allclose(short[:, mask == g], lost[:, 1:2].expand(2, int((mask == g).sum())), atol=1e-6)
     assert short[:, mask < 0].eq(0).all()
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, KernelShap, Lime, ShapleyExact, ShapleySampling])
+def test_without_any_feature_all_scores_are_zero(net, batch, method):
+    td = method(net, Target("logits", 0), mask=lambda row: torch.full(row, -1))(batch(3))
+    assert td["attribution", "x"].eq(0).all()
