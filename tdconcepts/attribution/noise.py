@@ -325,9 +325,8 @@ class _Moments:
         if not self.squares or m == 1 or not moved.numel():
             variance = mean.new_zeros(())
         else:  # two passes: as exact as torch.var_mean, and much faster for few draws of many numbers
-            variance = (
-                moved.sub_(mean).square_().mean(0) if not moved.requires_grad else (moved - mean).square().mean(0)
-            )
+            away = moved - mean if moved.requires_grad else moved.sub_(mean)
+            variance = away.square().mean(0)
         if known is not None:
             n, _, before, spread = known
             m, share, delta = n + m, m / (n + m), mean - before
