@@ -172,6 +172,8 @@ def parameter_paths(root: nn.Module) -> dict[str, nn.Parameter]:
 def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = None) -> list[Place]:
     """Where ``site`` is in ``root``: one place, or several where its path is a glob, in the order of the model.
 
+    A glob means each entry of a stage that has several; a path that is spelled out has to say which, by ``leaf``.
+
     Raises:
         BadKey: when nothing matches, with the nearest paths.
     """
@@ -188,7 +190,10 @@ def places(root: nn.Module, site: Site, paths: Mapping[str, nn.Module] | None = 
             needed=f"a path in {type(root).__name__}: " + nearest(site.path, [p for p in paths if p != _ROOT]),
             fix='a TensorDict entry is named by its key alone; Site("...") names a module',
         )
-    return [_place(site if name == site.path else dataclasses.replace(site, path=name), paths[name]) for name in names]
+    if names == [site.path]:
+        return [_place(site, paths[site.path])]
+    found = [(dataclasses.replace(site, path=name), paths[name]) for name in names]
+    return [_place(one, module) for site, module in found for one in _each_entry(site, module)]
 
 
 def place_of_entry(stage: nn.Module, key: NestedKey) -> Place:
@@ -198,6 +203,15 @@ def place_of_entry(stage: nn.Module, key: NestedKey) -> Place:
 
 def _out_keys(stage: nn.Module) -> list[NestedKey]:
     return stage.out_keys if isinstance(stage, TensorDictModuleBase) else []
+
+
+def _each_entry(site: Site, module: nn.Module) -> list[Site]:
+    """The site, or one for each entry that the stage there has."""
+    keys = getattr(module, f"{site.side[:-3]}_keys", ()) if isinstance(module, TensorDictModuleBase) else ()
+    named = [key for key in keys if key != "_"]
+    if site.leaf is not None or len(named) < 2:
+        return [site]
+    return [dataclasses.replace(site, leaf=key) for key in named]
 
 
 def is_compiled(module: nn.Module) -> bool:

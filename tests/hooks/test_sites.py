@@ -9,6 +9,7 @@ import torch
 from hooks.nets import batch, linear, mlp, pipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
@@ -184,6 +185,19 @@ def names_of(model, path):
 )
 def test_globs(path, expected):
     assert names_of(deep(), path) == expected
+
+
+def test_a_glob_means_each_entry_of_a_stage_that_has_several():
+    split = TensorDictModule(lambda x: (x + 1, x + 2), ["x"], ["a", ("b", "c")])
+    add = TensorDictModule(torch.add, ["a", ("b", "c")], ["y"])
+    model, td = TensorDictSequential(split, add), TensorDict(x=torch.zeros(2, 3), batch_size=[2])
+    out = capture(model, "*")(td.copy())["activation"]
+    assert sorted(out.keys()) == sorted([Site("0", leaf="a").key, Site("0", leaf=("b", "c")).key, "1"])
+    assert (out[Site("0", leaf=("b", "c")).key] == 2).all()
+    read = capture(model, Site("*", side="input"))(td.copy())["activation"]
+    assert (read[Site("1", side="input", leaf="a").key] == 1).all()
+    with pytest.raises(BadKey, match="several entries"):
+        capture(model, "0")(td.copy())
 
 
 def test_a_glob_is_anchored_at_both_ends():
