@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.plans import Run
 
 __all__ = ["Read", "Record", "Seen", "Watch", "settle"]
@@ -89,6 +89,9 @@ class Watch:
                 f"the site {self.key} runs inside vmap and has no graph",
                 needed="parameters that require grad, or an input that is explained",
             )
+        if not (value.is_floating_point() or value.is_complex()):
+            needed = "floating point numbers, which have gradients"
+            raise BadType(f"no gradient of {self.key}", got=str(value.dtype), needed=needed, fix="name other sites")
         leaf = value.detach().requires_grad_() if not value.is_inference() else value.clone().requires_grad_()
         store[self.key] = Seen(leaf, handle=leaf)
         return leaf.clone()  # a leaf that requires grad must not be changed in place

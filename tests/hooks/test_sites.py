@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks import Patch, Scale, Site, capture
+from tdconcepts.hooks import Patch, Scale, Site, Target, capture
 from tdconcepts.hooks.sites import is_compiled, module_paths, place_of_entry, places
 
 # ---------------------------------------------------------------------------------------------------- text
@@ -198,6 +198,9 @@ def test_a_glob_means_each_entry_of_a_stage_that_has_several():
     assert (read[Site("1", side="input", leaf="a").key] == 1).all()
     with pytest.raises(BadKey, match="several entries"):
         capture(model, "0")(td.copy())
+    act = TensorDictModule(lambda y: (y, y.argmax(-1)), ["y"], ["logits", "action"])
+    with pytest.raises(BadType, match=r"no gradient of 2:out\.action"):
+        capture(TensorDictSequential(split, add, act), "*", gradients=Target("logits", 0))(td.copy())
 
 
 def test_a_glob_is_anchored_at_both_ends():
