@@ -24,7 +24,8 @@ class SweepPlan:
     ``name``: ``"resume"``, ``"grow"``, ``"vmap"``, ``"batch"`` or ``"sequential"``; ``experiments``: how many;
     ``chunks``: in how many pieces; ``ideal``: the floating-point operations that would do, one forward and what
     follows the first change of each experiment, divided by those that were counted (1.0 is perfect; above it where
-    branches that no experiment reaches run once, or the batch as it is need not run to the end); ``why_not``: for each plan that was tried before, why it won't do.
+    branches that no experiment reaches run once, or the batch as it is need not run to the end); ``why_not``: for each
+    plan that was tried before, why it won't do.
     """
 
     name: str
