@@ -183,6 +183,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script:DeprecationWarning")  # the inductor's own
     torch.set_num_threads(1)  # so that ratios don't depend on how many cores are free
 
 
