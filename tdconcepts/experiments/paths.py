@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.experiments.patching import Patching, Split
+from tdconcepts.experiments.plans import Steps
 from tdconcepts.experiments.runs import concrete, donors, entry_of, place_all, runs_of
 from tdconcepts.experiments.sweep import Sweep
 from tdconcepts.experiments.table import Experiments, Where, each, product, together, where_text
-from tdconcepts.hooks import Hooked, Patch, Replace, Target
+from tdconcepts.hooks import Hooked, Patch, Replace, Target, locate
 from tdconcepts.hooks.batching import expand, gather, spread
+from tdconcepts.hooks.plans import Run, Step
 
 __all__ = ["PathPatching", "Paths", "path_patching"]
 
@@ -51,12 +53,33 @@ class PathPatching(Patching):
                 raise BadValue("a sender is a receiver too", got=repr(site), needed="paths between two places")
         edits = {site: Replace(entry_of(RECEIVED, site)) for site in self.receivers}
         self._received = Hooked(model, Patch(edits))
+        self._in_order = False
 
     def _prepared(self, td: TensorDictBase) -> tuple[TensorDict, TensorDictBase, Sweep]:
         run, donor_out, sweep = super()._prepared(td)
+        if not self._in_order:
+            self._check_order(run)
         taken, _ = donors(self.model, self._input(td, self._runs[0]), self.frozen)
         place_all(run, HELD, taken, once=True)
         return run, donor_out, sweep
+
+    def _check_order(self, run: TensorDictBase) -> None:
+        """Raise for a sender that runs after all receivers: no path leads back."""
+        order: list[Where] = []
+        watched = [where for where in (*self.sites, *self.receivers) if where not in self.model.in_keys]
+        steps = [
+            Step(place, _Seen(where, order), every=True) for where in watched for place in locate(self.model, where)
+        ]
+        Hooked(self.model, Steps(steps))(run.copy())
+        last = max(order.index(where) for where in self.receivers)
+        late = [where_text(where) for where in self.sites if where in order and order.index(where) > last]
+        if late:
+            raise BadValue(
+                "nothing flows from a sender to the receivers",
+                got=f"{late} after {[where_text(where) for where in self.receivers]}",
+                needed="senders that run before a receiver",
+            )
+        self._in_order = True
 
     def _described(self, total: Experiments) -> Sweep:
         beside = [each(site, Replace(entry_of(HELD, site))) for site in self.frozen]
@@ -85,6 +108,15 @@ class PathPatching(Patching):
             many.set(entry_of(RECEIVED, site), spread(value, n, batch))
         out = self._received(many)
         return [gather(out.get(key), n, batch) for key in self._outputs]
+
+
+class _Seen:
+    def __init__(self, where: Where, order: list[Where]) -> None:
+        self.where, self.order = where, order
+
+    def __call__(self, value: Tensor, run: Run) -> Tensor:
+        self.order.append(self.where)
+        return value
 
 
 def path_patching(
@@ -126,8 +158,8 @@ def path_patching(
         chunk_size: how many rows may be in flight.
 
     Raises:
-        BadKey: a site or an entry that does not exist. BadValue: a sender that is a receiver; a receiver or something
-        frozen that runs several times, without ``call=``.
+        BadKey: a site or an entry that does not exist. BadValue: a sender that is a receiver, or runs after all of
+        them; a receiver or something frozen that runs several times, without ``call=``.
 
     Source: Wang et al. 2023 (IOI), section 3.1 and appendix B; Goldowsky-Dill et al. 2023.
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, set_interaction_type
 from torch import Tensor
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.keys import NestedKey, join
 
 __all__ = ["Policy", "Visited", "done_key", "episode_returns", "interaction", "run_episodes", "seeded_reset"]
@@ -73,6 +73,8 @@ def run_episodes(
 
     Default: no steps are kept.
     """
+    if not hasattr(env, "step_and_maybe_reset"):
+        raise BadType("not an environment", got=type(env).__name__, needed="one of torchrl", fix="rl.cartpole_env(16)")
     if max_steps < 1 or not len(seeds):
         raise BadValue(
             "no episode to run", got=f"{len(seeds)} seeds, max_steps={max_steps}", needed="at least one each"

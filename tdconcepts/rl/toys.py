@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tdconcepts.errors import BadValue, import_extra
 from tdconcepts.rl.episodes import episode_returns
-from tdconcepts.rl.training import Keeper, TrainedAgent
+from tdconcepts.rl.training import Keeper, TrainedAgent, check_seed
 
 __all__ = ["MEETING_STEPS", "lstm_recall", "meeting_env", "multiagent_meeting", "recall_env"]
 
@@ -74,7 +74,7 @@ def lstm_recall(seed: int = 0, *, delay: int = 6, updates: int = 300, progress: 
     """
     modules = import_extra("torchrl.modules", "rl")
     _check_updates(updates)
-    env = recall_env(64, delay=delay, seed=seed + 1_000_000)
+    env = recall_env(64, delay=delay, seed=check_seed(seed) + 1_000_000)
     keeper = Keeper(
         lambda policy: episode_returns(env, policy, range(seed, seed + 64), max_steps=delay + 2),
         lambda episodes: bool(episodes.get("return").min() == 1),
@@ -159,6 +159,7 @@ def multiagent_meeting(
     """
     modules = import_extra("torchrl.modules", "rl")
     _check_updates(updates)
+    check_seed(seed)
     env, judges = meeting_env(32, agents=agents, seed=seed), meeting_env(32, agents=agents, seed=seed + 1_000_000)
     keeper = Keeper(
         lambda policy: episode_returns(judges, policy, range(seed, seed + 32), max_steps=MEETING_STEPS),

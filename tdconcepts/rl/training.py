@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import InteractionType, TensorDictModuleBase, set_interaction_type
 from torch import nn
 
-from tdconcepts.errors import BadValue, import_extra
+from tdconcepts.errors import BadType, BadValue, import_extra, nearest
 from tdconcepts.keys import join
 
 __all__ = ["DQN", "PPO", "Objective", "Score", "TrainedAgent", "dqn", "gym_envs", "ppo"]
@@ -87,18 +87,31 @@ def gym_envs(name: str, num_envs: int, seed: int | None = None, **kwargs: Any) -
         kwargs: of torchrl's ``GymWrapper``: ``categorical_action_encoding=True`` gives actions as integers.
 
     Raises:
-        MissingExtra: torchrl or gymnasium is not installed. BadValue: ``num_envs < 1``.
+        MissingExtra: torchrl or gymnasium is not installed. BadValue: ``num_envs < 1``, a name that gymnasium lacks.
     """
     if num_envs < 1:
         raise BadValue("no environments", got=num_envs, needed="num_envs >= 1")
+    if seed is not None:
+        check_seed(seed)
     gymnasium, vector = import_extra("gymnasium", "rl"), import_extra("gymnasium.vector", "rl")
     envs = import_extra("torchrl.envs", "rl")
     options = {"autoreset_mode": vector.AutoresetMode.DISABLED}
-    made = gymnasium.make_vec(name, num_envs=num_envs, vectorization_mode="sync", vector_kwargs=options)
+    try:
+        made = gymnasium.make_vec(name, num_envs=num_envs, vectorization_mode="sync", vector_kwargs=options)
+    except gymnasium.error.UnregisteredEnv as error:
+        known = sorted(spec for spec in gymnasium.registry if "/" not in spec)
+        raise BadValue(f"gymnasium has no environment {name!r}", got=name, needed=nearest(name, known)) from error
     env = envs.GymWrapper(made, **kwargs)
     if seed is not None:
         env.set_seed(seed)
     return env
+
+
+def check_seed(seed: object) -> int:
+    """``seed`` if it is one."""
+    if type(seed) is not int or seed < 0:
+        raise BadType("not a seed", got=repr(seed), needed="an int, 0 or more")
+    return seed
 
 
 class Keeper:

@@ -136,6 +136,8 @@ def test_errors():
         path_patching(model, Site("0"), Site("1"), frozen=Site("nine"))
     with pytest.raises(BadValue, match="direction"):
         path_patching(model, Site("0"), Site("1"), direction="up")
+    with pytest.raises(BadValue, match="nothing flows"):
+        path_patching(model, Site("3"), Site("1"), frozen=[])(td.clone())
     twice, runs = two_runs(residual)
     with pytest.raises(BadValue, match="several times"):
         path_patching(twice, Site("blocks.0"), Site("blocks.1"), frozen=Site("shared"))(runs)

@@ -240,6 +240,8 @@ def test_an_environment_that_does_not_repeat_its_starts_is_refused():
 
 def test_bad_input():
     env, actor = Echo(), policy()
+    with pytest.raises(BadType, match="not an environment"):
+        compare_returns(None, actor, {}, seeds=[1])
     with pytest.raises(BadType, match="the variant 'three' is no policy"):
         compare_returns(env, actor, {"three": 3}, seeds=[1])
     with pytest.raises(BadValue, match="named 'unpatched'"):

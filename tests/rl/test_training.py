@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.rl.training import DQN, PPO, Keeper, _step, gym_envs
 
 
@@ -52,6 +52,11 @@ def test_environments():
     assert rollout["action"].shape == (2, 3, 1)
     with pytest.raises(BadValue, match="no environments"):
         gym_envs("Pendulum-v1", 0)
+    with pytest.raises(BadValue, match="no environment 'Pendulum-v9'"):
+        gym_envs("Pendulum-v9", 2)
+    for seed in ("a", -1, 1.5):
+        with pytest.raises(BadType, match="not a seed"):
+            gym_envs("Pendulum-v1", 2, seed)
 
 
 def test_settings_are_values():
