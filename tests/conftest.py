@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+NEEDS_TORCHRL = re.compile(
+    r">>> .*\b(\w+_env|gym_envs|ppo_\w+|dqn_\w+|concept_cartpole|lstm_recall|multiagent_meeting)\("
+)
 collect_ignore = ["stubs"]  # collected, they would be in sys.modules under the names that they stand in for
 
 torch.set_num_threads(1)  # the nets are small: more threads only cost
@@ -22,7 +26,7 @@ def pytest_collection_modifyitems(items):
     """Examples that run an environment are skipped where there is no torchrl, as the tests are."""
     if importlib.util.find_spec("torchrl") is None:
         for item in items:
-            if isinstance(item, pytest.DoctestItem) and "cartpole_env(" in (item.dtest.docstring or ""):
+            if isinstance(item, pytest.DoctestItem) and NEEDS_TORCHRL.search(item.dtest.docstring or ""):
                 item.add_marker(pytest.mark.skip(reason="torchrl is not installed"))
 
 

@@ -46,6 +46,12 @@ def cartpole_env(num_envs: int = ENVS, seed: int | None = None) -> Any:
 
     Raises:
         MissingExtra: torchrl or gymnasium is not installed.
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> env = rl.cartpole_env(3, seed=0)
+        >>> env.rollout(4)["observation"].shape
+        torch.Size([3, 4, 4])
     """
     return gym_envs("CartPole-v1", num_envs, seed, categorical_action_encoding=True)
 
@@ -96,6 +102,12 @@ def ppo_cartpole(
         MissingExtra: torchrl or gymnasium is not installed.
 
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms", eq. 7, 9 and 11.
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> agent = rl.ppo_cartpole(seed=0, frames=1024)  # one batch: a second, and far from trained
+        >>> agent.frames, agent.policy.out_keys[:3]
+        (1024, ['hidden', 'concept', 'logits'])
     """
     batches = batches_in(frames, ENVS * CARTPOLE.steps)
     import_extra("torchrl.objectives", "rl")

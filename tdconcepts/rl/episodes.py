@@ -56,6 +56,12 @@ def episode_returns(
 
     Raises:
         BadValue: a reward or a done flag that is not one number for each environment, ``max_steps < 1``, no seeds.
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> found = rl.episode_returns(rl.cartpole_env(4), rl.cartpole_policy(8), range(8))
+        >>> found.batch_size, bool((found["return"] == found["length"]).all())  # a reward of 1 for each step
+        (torch.Size([8]), True)
     """
     return run_episodes(env, policy, seeds, max_steps=max_steps, greedy=greedy)[0]
 

@@ -80,6 +80,12 @@ def check_marked(data: TensorDictBase, acting: Marked) -> None:
 
     Raises:
         BadKey: the data has no marks. BadValue: some step has another mark; says how many.
+
+    Examples:
+        >>> from tdconcepts import Ablate, patch, rl
+        >>> policy = rl.cartpole_policy(8)
+        >>> acting = rl.Marked(patch(policy, {"concept": Ablate([3])}))
+        >>> check_marked(rl.cartpole_env(2, seed=0).rollout(3, acting), acting)
     """
     marks = data.get(MARK)
     if marks is None:

@@ -45,6 +45,25 @@ class ConceptObjective(TensorDictModuleBase):
         BadValue: a negative weight; labels of another shape.
 
     Source: Koh et al. 2020, "Concept bottleneck models", joint training; Zabounidis et al. 2023 for policies.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict.nn import TensorDictModule
+        >>> from torchrl.modules import QValueModule
+        >>> from torchrl.objectives import DQNLoss
+        >>> from tdconcepts.concepts import ConceptActivation
+        >>> from tdconcepts.rl import CARTPOLE_CONCEPTS, cartpole_concepts, cartpole_env
+        >>> policy = TensorDictSequential(
+        ...     TensorDictModule(torch.nn.Linear(4, 4), ["observation"], ["concepts_logits"]),
+        ...     ConceptActivation(CARTPOLE_CONCEPTS, "concepts_logits", "concepts"),
+        ...     TensorDictModule(torch.nn.Linear(4, 2), ["concepts"], ["action_value"]),
+        ...     QValueModule(action_space="categorical"),
+        ... )
+        >>> loss = DQNLoss(policy, action_space="categorical", delay_value=False)
+        >>> objective = ConceptObjective(loss, policy, CARTPOLE_CONCEPTS, cartpole_concepts)
+        >>> steps = cartpole_env(2, seed=0).rollout(3, policy).reshape(-1)
+        >>> sorted(name for name in objective(steps).keys() if name.startswith("loss"))
+        ['loss', 'loss_concept']
     """
 
     def __init__(

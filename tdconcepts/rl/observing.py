@@ -38,9 +38,9 @@ def edit_observation(env: Any, key: NestedKey, edit: EditLike) -> Any:
         MissingExtra: torchrl is not installed.
 
     Examples:
-        >>> from tdconcepts import Ablate, rl  # doctest: +SKIP
-        >>> env = rl.edit_observation(rl.cartpole_env(2, seed=0), "observation", Ablate([2]))  # doctest: +SKIP
-        >>> env.rollout(5)["observation"][..., 2].abs().sum()  # no pole angle, at no step  # doctest: +SKIP
+        >>> from tdconcepts import Ablate, rl
+        >>> env = rl.edit_observation(rl.cartpole_env(2, seed=0), "observation", Ablate([2]))
+        >>> env.rollout(5)["observation"][..., 2].abs().sum()  # no pole angle, at no step
         tensor(0.)
     """
     if not callable(edit) or isinstance(edit, type):

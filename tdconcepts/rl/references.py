@@ -51,6 +51,12 @@ def dqn_cartpole(seed: int = 0, *, frames: int = 16_384, progress: Progress | No
         MissingExtra: torchrl or gymnasium is not installed. BadValue: a budget below one round.
 
     Source: Mnih et al. 2015; van Hasselt et al. 2016.
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> agent = rl.dqn_cartpole(seed=0, frames=640)  # far from trained
+        >>> agent.policy.out_keys
+        ['hidden', 'concept', 'action', 'action_value', 'chosen_action_value']
     """
     settings = DQN()
     rounds = batches_in(frames, ENVS * settings.steps)
@@ -90,6 +96,12 @@ def ppo_pendulum(seed: int = 0, *, frames: int = 61_440, progress: Progress | No
         MissingExtra: torchrl or gymnasium is not installed. BadValue: a budget below one batch.
 
     Source: Schulman et al. 2017, "Proximal policy optimization algorithms".
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> agent = rl.ppo_pendulum(seed=0, frames=2048)  # far from trained
+        >>> agent.policy.out_keys[-4:]
+        ['loc', 'scale', 'action', 'action_log_prob']
     """
     batches = batches_in(frames, 32 * PENDULUM.steps)
     modules = import_extra("torchrl.modules", "rl")
@@ -147,6 +159,12 @@ def concept_cartpole(
         MissingExtra: torchrl or gymnasium is not installed. BadValue: a budget below one batch.
 
     Source: concept-bottleneck policies: Zabounidis et al. 2023; Delfosse et al. 2024 (SCoBots).
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> agent = rl.concept_cartpole(seed=0, frames=1024)  # far from trained
+        >>> agent.policy(rl.cartpole_env(2).reset())["concepts"].shape
+        torch.Size([2, 4])
     """
     batches = batches_in(frames, ENVS * CARTPOLE.steps)
     import_extra("torchrl.objectives", "rl")

@@ -156,6 +156,13 @@ def compare_returns(
             variant that is no mapping.
 
     Source: saliency turned into a closed-loop counterfactual after Atrey et al. 2020, "Exploratory not explanatory".
+
+    Examples:
+        >>> from tdconcepts import Ablate, rl
+        >>> env, policy = rl.cartpole_env(4), rl.cartpole_policy(8)
+        >>> result = compare_returns(env, policy, {"without 3": {"concept": Ablate([3])}}, range(4))
+        >>> result.names, result.episodes.batch_size
+        (('unpatched', 'without 3'), torch.Size([2, 4]))
     """
     if BASELINE in variants:
         raise BadValue(f"a variant is named {BASELINE!r}", needed="another name: this one is the baseline's")

@@ -88,6 +88,11 @@ def gym_envs(name: str, num_envs: int, seed: int | None = None, **kwargs: Any) -
 
     Raises:
         MissingExtra: torchrl or gymnasium is not installed. BadValue: ``num_envs < 1``, a name that gymnasium lacks.
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> rl.gym_envs("Pendulum-v1", 2, seed=0).batch_size
+        torch.Size([2])
     """
     if num_envs < 1:
         raise BadValue("no environments", got=num_envs, needed="num_envs >= 1")
