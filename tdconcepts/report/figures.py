@@ -69,6 +69,12 @@ def intervention_curve(
 
     Raises:
         BadValue: no curves, or one whose sequences differ in length. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> curves = {"random": ([0, 1, 2], [0.80, 0.85, 0.90]), "gradient": ([0, 1, 2], [0.80, 0.91, 0.97])}
+        >>> figure = intervention_curve(curves, title="digits")  # figure.savefig("curve.png") keeps it
+        >>> [line.get_label() for line in figure.axes[0].get_lines()]
+        ['random', 'gradient']
     """
     _need_some(curves, "curves")
     figure, ((axes,),) = new_figure(size=(8.4, 4.4))
@@ -108,6 +114,15 @@ def over_time(
     Raises:
         BadValue: nothing to draw, a series that isn't ``[T, F]``, a group that isn't ``[T]``.
         MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> time, action = torch.arange(50) / 5, torch.arange(50) % 2
+        >>> state = torch.stack([time.sin(), time.cos()], -1)
+        >>> columns = {"state": state, "attribution": state * torch.tensor([0.1, 2.0])}
+        >>> groups = {"left": action == 0, "right": action == 1}
+        >>> figure = over_time(["angle, rad", "velocity, rad/s"], columns, groups=groups)
+        >>> [axes.get_title() for axes in figure.axes]  # row by row
+        ['state', 'attribution', '', '']
     """
     _need_some(rows, "rows")
     _need_some(columns, "columns")
@@ -155,6 +170,12 @@ def interval_plot(
 
     Raises:
         BadValue: no means. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> means = {"unpatched": (500.0, 500.0, 500.0), "without angle": (389.5, 370.0, 409.0)}
+        >>> figure = interval_plot(means, {"without angle": [371.0, 408.0]}, xlabel="return", reference=500.0)
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['unpatched', 'without angle']
     """
     _need_some(means, "means")
     figure, ((axes,),) = new_figure(size=(8.4, 0.38 * len(means) + 1.3))

@@ -40,6 +40,13 @@ def heat_map(
 
     Raises:
         BadValue: a map that isn't ``[R, C]``, or nothing to draw. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> patched = torch.tensor([[0.1, 0.9], [0.0, 0.2]])
+        >>> maps = {"patched": patched, "estimated": 0.8 * patched}
+        >>> figure = heat_map(maps, ["block 0", "block 1"], ["head 0", "head 1"], label="effect on the logit")
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['patched', 'estimated']
     """
     several = dict(maps) if isinstance(maps, Mapping) else {"": maps}
     if not several or not rows or not columns:
@@ -103,6 +110,12 @@ def effect_map(
 
     Raises:
         BadValue: another number of names, or two experiments in one cell. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> names = ["blocks.0[0]", "blocks.0[1]", "blocks.1[0]"]  # effects.names(td)
+        >>> figure = effect_map(torch.tensor([[0.1, 0.9, 0.4], [0.3, 0.9, 0.2]]), names, xlabel="head")
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['blocks.0', 'blocks.1']
     """
     if effect.ndim < 1 or effect.shape[-1] != len(names):
         raise BadValue("the names do not fit the effects", got=f"{len(names)} names", needed=f"{list(effect.shape)}")

@@ -25,9 +25,12 @@ _NUMBER = re.compile(r"\s*[\[(]?[-+−±]?(\d|nan|inf)|\s*$", re.IGNORECASE)
 class Section:
     """One chapter of a page: a title, paragraphs, figures and tables; plain data, drawn in this order.
 
-    All text is plain text (it is escaped). ``figures`` are ``(figure, caption)`` pairs, ``tables`` are
-    ``(headers, rows, caption)`` triples whose cells are printed with ``str``. ``summary`` holds ``(what, value)`` rows
-    for the short table on the terminal and at the head of the page.
+    Args:
+        title: the heading. All text is plain text; it is escaped.
+        paragraphs: under the heading.
+        figures: pairs ``(figure, caption)``.
+        tables: triples ``(headers, rows, caption)``, whose cells are printed with ``str``.
+        summary: rows ``(what, value)`` for the short table on the terminal and at the head of the page.
 
     Examples:
         >>> table = (["policy", "return"], [["greedy", 500]], "Means")
@@ -78,8 +81,19 @@ def write_page(
 ) -> Path:
     """Write :func:`page` to ``path`` (its folders are made) and return the absolute path.
 
+    Args:
+        path: of the file.
+        title, sections, intro, footer: as for :func:`page`.
+
     Raises:
         BadValue: a folder is at ``path``, or a file where a folder is needed.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_page(f"{folder}/runs/first.html", "First run", [Section("Returns", ["All fell."])])
+        ...     path.name, "All fell." in path.read_text(encoding="utf-8")
+        ('first.html', True)
     """
     path, text = Path(path).resolve(), page(title, sections, intro=intro, footer=footer)
     try:

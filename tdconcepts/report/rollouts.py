@@ -28,6 +28,16 @@ class Shown(NamedTuple):
     """A part of a rollout: the trajectory (an index for each batch dim but time), and the steps ``start`` to ``stop``.
 
     The highlights of ``tdconcepts.rl.highlights`` have these fields too.
+
+    Args:
+        trajectory: an index for each batch dim but time; ``()`` where the rollout is one trajectory.
+        start: the first step that is shown.
+        stop: the step after the last; None: the end of the trajectory.
+
+    Examples:
+        >>> part = Shown((3,), 100, 200)  # of a rollout [*B, T]: trajectory 3, a hundred steps
+        >>> part.trajectory, part.stop - part.start
+        ((3,), 100)
     """
 
     trajectory: tuple[int, ...] = ()
@@ -50,6 +60,11 @@ def attribution_strip(
 
     Raises:
         BadValue: another shape. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> figure = attribution_strip(torch.randn(30, 2), ["angle, rad", "velocity, rad/s"], start=100)
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['angle', 'velocity']
     """
     if attribution.ndim != 2 or attribution.shape[1] != len(features) or not attribution.numel():
         raise BadValue(
@@ -80,6 +95,13 @@ def frame_strip(frames: Tensor, heat: Tensor | None = None, *, titles: Sequence[
 
     Raises:
         BadValue: what is no frame, or heat of another shape. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> frames, heat = torch.rand(4, 8, 8, 3), torch.zeros(4, 8, 8)
+        >>> heat[:, 2:4, 2:4] = 1.0
+        >>> figure = frame_strip(frames, heat, titles=["before", "", "", "after"])
+        >>> len(figure.axes), figure.axes[3].get_title()
+        (4, 'after')
     """
     pictures, last = _pictures(frames), frames.ndim == 4 and frames.shape[-1] in (1, 3)
     shown = None
@@ -134,6 +156,14 @@ def rollout_sections(
 
     Raises:
         BadKey: an entry that is not there. BadValue: one of another shape, no attributions.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> rollout = TensorDict(observation=torch.randn(3, 20, 2), batch_size=[3, 20])
+        >>> rollout["attribution", "observation"] = rollout["observation"] ** 2
+        >>> sections = rollout_sections(rollout, ["angle, rad", "velocity, rad/s"], shown=[Shown((2,), 5, 15)])
+        >>> [section.title for section in sections], sections[0].summary
+        (['The rollout', 'Trajectory 2, steps 5 to 14'], [('trajectories', '3'), ('steps', '60')])
     """
     if not rollout.batch_dims:
         raise BadValue("a rollout has batch dims, the last of them time", got="batch_size []")
@@ -170,6 +200,16 @@ def write_rollout_page(
 
     Raises:
         BadKey, BadValue: as there. MissingExtra: matplotlib or jinja2 is not installed.
+
+    Examples:
+        >>> import tempfile
+        >>> from tensordict import TensorDict
+        >>> rollout = TensorDict(observation=torch.randn(20, 2), batch_size=[20])
+        >>> rollout["attribution", "observation"] = rollout["observation"] ** 2
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_rollout_page(f"{folder}/agent.html", rollout, ["angle", "velocity"], title="My agent")
+        ...     path.name, path.read_text(encoding="utf-8").count("<img")
+        ('agent.html', 2)
     """
     kind = rollout.get(("explanation", "exploration_type"), None)
     word = getattr(kind, "data", kind)
