@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import NestedKey, as_key, as_keys, join
-from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbourhoods, neighbours
+from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbours, offsets
 
 __all__ = ["CAPCA", "LocalKNN", "LocalPCA", "TwoNN", "ca_pca", "local_knn", "local_pca", "two_nn"]
 
@@ -341,12 +341,17 @@ def _written(keys: NestedKey | list[NestedKey], out_key: NestedKey) -> list[Nest
 
 
 def _spectra(x: Tensor, place: Tensor) -> Tensor:
-    """The eigenvalues of each neighbourhood's covariance, largest first: ``[..., N, F]``, or k where that is less."""
-    points = neighbourhoods(x, place)
-    points = points - points.mean(-2, keepdim=True)
-    n, width = points.shape[-2:]
-    gram = points.mT @ points if width < n else points @ points.mT  # both have the same eigenvalues but for zeros
-    values = torch.linalg.eigvalsh(gram).flip(-1)[..., : min(width, n - 1)].clamp(min=0.0) / (n - 1)
+    r"""The eigenvalues of each neighbourhood's covariance, largest first: ``[..., N, F]``, or k where that is less.
+
+    With the k offsets from the point itself, :math:`d_j`, and their sum s, the squares about the mean of the k + 1
+    points are :math:`\sum_j d_j d_j^T - s s^T / (k + 1)`: those of :math:`d_j - c s` for :math:`c = (1 - (k +
+    1)^{-1/2}) / k`.
+    """
+    d = offsets(x, place)
+    k, width = d.shape[-2:]
+    d.sub_(d.sum(-2, keepdim=True).mul_((1.0 - (k + 1) ** -0.5) / k))
+    gram = d.mT @ d if width < k else d @ d.mT  # both have the same eigenvalues but for zeros
+    values = torch.linalg.eigvalsh(gram).flip(-1).clamp_(min=0.0).div_(k)
     if not bool((values[..., 0] > 0).all()):
         raise BadValue(
             "a neighbourhood is one point",

@@ -16,9 +16,20 @@ __all__ = ["RidgeProbe", "ridge_direction"]
 class RidgeProbe:
     """A fitted linear probe ``y ~ z @ weight + bias`` and its score on held-out episodes.
 
-    Calling it reads ``z`` ``[*B, C]`` and gives the prediction ``[*B]``. ``direction`` ``[C]`` is ``weight`` at length
-    one, ``mean`` ``[C]`` the latent's mean over the training rows: what
-    ``tdconcepts.hooks.RemoveDirection`` takes. ``r2`` is the held-out R^2; ``rows`` the rows that counted.
+    Calling it reads ``z`` ``[*B, C]`` and gives the prediction ``[*B]``. ``direction`` and ``mean`` are what
+    :class:`~tdconcepts.hooks.RemoveDirection` takes.
+
+    Args:
+        weight: ``[C]``; ``direction`` is it at length one.
+        bias: one number.
+        mean: ``[C]``, the latent's mean over the training rows.
+        r2: the held-out R^2.
+        rows: how many rows counted.
+
+    Examples:
+        >>> probe = RidgeProbe(torch.tensor([3.0, 4.0]), torch.tensor(1.0), torch.zeros(2), r2=0.9, rows=100)
+        >>> probe(torch.ones(2)), probe.direction
+        (tensor(8.), tensor([0.6000, 0.8000]))
     """
 
     weight: Tensor

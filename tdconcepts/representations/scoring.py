@@ -28,6 +28,13 @@ class ProbeScores:
         control: the score of the same probe on the control task, or None.
         selectivity: ``score - control``, or None.
         rows: how many rows counted.
+
+    Examples:
+        >>> from tdconcepts.representations import LinearProbe
+        >>> x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+        >>> scores = cross_validate(LinearProbe("x", "y"), TensorDict(x=x, y=x[:, 0], batch_size=[60]), folds=3)
+        >>> scores.score["x"] > 0.99, scores.folds["x"].shape, scores.control is None
+        (tensor(True), torch.Size([3]), True)
     """
 
     score: TensorDictBase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ from tdconcepts.hooks.calling import missing_entries
 from tdconcepts.keys import NestedKey, as_keys, check_writable, key_text
 from tdconcepts.representations.reading import check_keys, features, finite
 
-__all__ = ["SetStage", "check_count", "nearest", "neighbourhoods", "neighbours", "squared"]
+__all__ = ["SetStage", "check_count", "nearest", "neighbours", "offsets", "squared"]
 
 _ELEMENTS = 2**22  # distances at once
 
@@ -128,10 +129,8 @@ def neighbours(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     place = nearest(x, k)
     step = max(1, _ELEMENTS // max(1, x[..., :1, :].numel() * k))
-    far = [
-        (_gathered(x, some) - points.unsqueeze(-2)).norm(dim=-1)
-        for some, points in zip(place.split(step, -2), x.split(step, -2), strict=True)
-    ]
+    blocks = [slice(first, first + step) for first in range(0, x.shape[-2], step)]
+    far = [offsets(x, place[..., some, :], some).norm(dim=-1) for some in blocks]
     distance, order = torch.cat(far, -2).sort(dim=-1, stable=True)
     return distance, place.gather(-1, order)
 
@@ -148,8 +147,27 @@ def nearest(x: Tensor, k: int) -> Tensor:
     for some, square in squared(x, own=False):
         here = torch.arange(some.start, some.stop, device=x.device)
         square[..., here - some.start, here] = torch.inf
-        places.append(square.topk(k, largest=False, sorted=False).indices)
+        places.append(_least(square, k))
     return torch.cat(places, -2)
+
+
+def _least(x: Tensor, k: int) -> Tensor:
+    """Where the ``k`` least values of each row are, in no order: ``[..., k]``.
+
+    The numbers of a row are dealt into groups: the least k numbers lie in the k groups with the least minima. Two
+    selections among about sqrt(k N) numbers each take half the time of one among N.
+    """
+    n = x.shape[-1]
+    each = math.isqrt(n // k)  # numbers in a group
+    if each < 2:
+        return x.topk(k, largest=False, sorted=False).indices
+    groups = n // each
+    lowest = x[..., : groups * each].unflatten(-1, (each, groups)).amin(-2)
+    group = lowest.topk(k, largest=False, sorted=False).indices
+    dealt = torch.arange(0, groups * each, groups, device=x.device)
+    rest = torch.arange(groups * each, n, device=x.device).expand(*x.shape[:-1], -1)
+    place = torch.cat([(group.unsqueeze(-2) + dealt.unsqueeze(-1)).flatten(-2), rest], -1)
+    return place.gather(-1, x.gather(-1, place).topk(k, largest=False, sorted=False).indices)
 
 
 def squared(x: Tensor, own: bool = True) -> Iterator[tuple[slice, Tensor]]:
@@ -166,12 +184,7 @@ def squared(x: Tensor, own: bool = True) -> Iterator[tuple[slice, Tensor]]:
         yield some, square.add_(length[..., some, None]).clamp_(min=0.0) if own else square
 
 
-def _gathered(x: Tensor, place: Tensor) -> Tensor:
-    """``x[..., place, :]`` for places ``[..., n, k]``: ``[..., n, k, F]``."""
+def offsets(x: Tensor, place: Tensor, some: slice = slice(None)) -> Tensor:
+    """What leads from each point (``some`` of them) to the points at ``place`` ``[..., n, k]``: ``[..., n, k, F]``."""
     index = place.flatten(-2).unsqueeze(-1).expand(*place.shape[:-2], -1, x.shape[-1])
-    return x.gather(-2, index).unflatten(-2, place.shape[-2:])
-
-
-def neighbourhoods(x: Tensor, place: Tensor) -> Tensor:
-    """Each point with its neighbours, ``[..., N, 1 + k, F]``."""
-    return torch.cat([x.unsqueeze(-2), _gathered(x, place)], -2)
+    return x.gather(-2, index).unflatten(-2, place.shape[-2:]).sub_(x[..., some, :].unsqueeze(-2))

@@ -331,6 +331,10 @@ def SVCCA(  # noqa: N802 (a constructor, under its name in the papers)
 ) -> CCA:
     """``CCA(a, b, variance=0.99, out_key=("metric", "svcca"))``: canonical correlation of the principal axes.
 
+    Args:
+        a, b: entries, one or a list, as for :class:`CCA`.
+        variance: the share of each entry's variance that its kept principal axes explain.
+
     Source: Raghu et al. 2017.
 
     Examples:

@@ -37,6 +37,15 @@ class TCAVScores:
         random: the mean score of random vectors: ``[]`` or ``[T]``.
         p_value: of Welch's two-sided test of the runs' scores against those of random vectors: ``[C]`` or ``[T, C]``.
         concepts: the names, in the order of the last dim.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(torch.nn.Linear(4, 1), ["x"], ["y"])
+        >>> draw = lambda shift: TensorDict(x=torch.randn(30, 4) + shift, batch_size=[30])
+        >>> tcav = TCAV(net, Target("y"), "x", runs=3).fit({"large": draw(3.0), "small": draw(-3.0)}, random=draw(0.0))
+        >>> scores = tcav.test(draw(0.0))
+        >>> scores.concepts, scores.p_value["x"].shape
+        (('large', 'small'), torch.Size([2]))
     """
 
     score: TensorDictBase

@@ -6,7 +6,7 @@ from tensordict import TensorDict
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.representations import CKA, TwoNN, sets
-from tdconcepts.representations.sets import neighbourhoods, neighbours, squared
+from tdconcepts.representations.sets import nearest, neighbours, offsets, squared
 
 
 def test_neighbours_are_those_of_all_distances(monkeypatch):
@@ -20,11 +20,23 @@ def test_neighbours_are_those_of_all_distances(monkeypatch):
         best = expected.topk(6, largest=False)
         torch.testing.assert_close(far, best.values)
         assert torch.equal(who, best.indices)
-        assert torch.equal(neighbourhoods(x, who)[1, 3, 0], x[1, 3])
-        assert torch.equal(neighbourhoods(x, who)[1, 3, 2], x[1, who[1, 3, 1]])
+        assert torch.equal(offsets(x, who)[1, 3, 2], x[1, who[1, 3, 2]] - x[1, 3])
         torch.testing.assert_close(
             torch.cat([part for _, part in squared(x - 1000)], -2).sqrt()[0, 0, 1:], expected[0, 0, 1:]
         )
+
+
+@pytest.mark.parametrize(("n", "k"), [(2, 1), (5, 1), (9, 2), (16, 4), (50, 3), (61, 7), (200, 199)])
+def test_the_nearest_of_groups_are_the_nearest(n, k):
+    x = torch.randn(3, n, 2, generator=torch.Generator().manual_seed(n)).double()
+    distance = torch.cdist(x, x).diagonal_scatter(torch.full((3, n), torch.inf).double(), dim1=1, dim2=2)
+    expected = distance.topk(k, largest=False).indices.sort(-1).values
+    assert torch.equal(nearest(x, k).sort(-1).values, expected)
+
+
+def test_the_nearest_are_distinct_among_duplicates():
+    who = nearest(torch.zeros(50, 3), 5)
+    assert all(len({*row, point}) == 6 for point, row in enumerate(who.tolist()))
 
 
 def test_duplicates_are_at_no_distance():
