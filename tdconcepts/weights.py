@@ -30,6 +30,9 @@ Score: TypeAlias = Callable[[str, Tensor], Tensor] | Mapping[str, Tensor] | Lite
 class Masked:
     """A parameter with zeros where ``mask`` is False.
 
+    Args:
+        mask: truth values in the parameter's shape (or what broadcasts to it).
+
     Examples:
         >>> Masked(torch.tensor([True, False]))(torch.tensor([3.0, 4.0]))
         tensor([3., 0.])
@@ -50,6 +53,10 @@ class Masked:
 class Shifted:
     """A parameter plus ``scale * delta``.
 
+    Args:
+        delta: in the parameter's shape.
+        scale: how much of it.
+
     Examples:
         >>> Shifted(torch.ones(2), -0.5)(torch.tensor([3.0, 4.0]))
         tensor([2.5000, 3.5000])
@@ -69,7 +76,12 @@ class Shifted:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank:
-    """A parameter plus ``scale * left @ right``, in its shape: ``left [out, r]``, ``right [r, in]``.
+    """A parameter plus ``scale * left @ right``, in its shape.
+
+    Args:
+        left: ``[out, r]``.
+        right: ``[r, in]``; for a convolution ``in`` is all but its first dim.
+        scale: how much of the product.
 
     Examples:
         >>> LowRank(torch.ones(2, 1), torch.ones(1, 3))(torch.zeros(2, 3)).sum()

@@ -19,13 +19,21 @@ __all__ = ["SweepPlan", "ideal", "operations"]
 
 @dataclasses.dataclass(frozen=True)
 class SweepPlan:
-    """How a sweep runs on a batch.
+    """How a sweep runs on a batch; it prints as one line.
 
-    ``name``: ``"resume"``, ``"grow"``, ``"vmap"``, ``"batch"`` or ``"sequential"``; ``experiments``: how many;
-    ``chunks``: in how many pieces; ``ideal``: the floating-point operations that would do, one forward and what
-    follows the first change of each experiment, divided by those that were counted (1.0 is perfect; above it where
-    branches that no experiment reaches run once, or the batch as it is need not run to the end); ``why_not``: for each
-    plan that was tried before, why it won't do.
+    Args:
+        name: ``"resume"``, ``"grow"``, ``"vmap"``, ``"batch"`` or ``"sequential"``.
+        experiments: how many.
+        chunks: in how many pieces.
+        ideal: the floating-point operations that would do, one forward and what follows the first change of each
+            experiment, divided by those that were counted. 1.0 is perfect; above it where branches that no experiment
+            reaches run once, or the batch as it is need not run to the end.
+        why_not: for each plan that was tried before, why it won't do.
+
+    Examples:
+        >>> print(SweepPlan("vmap", 12, 1, 0.5, {"resume": "the model is no sequence"}))
+        12 experiments by vmap: 50% of the ideal
+          not resume: the model is no sequence
     """
 
     name: str

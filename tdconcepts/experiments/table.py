@@ -143,6 +143,12 @@ def grid(sites: Where | list[Where], positions: Sequence[int] | None, edit: Edit
 def product(*experiments: Experiments) -> Experiments:
     """Every combination: one experiment of each at the same time, the last varying fastest.
 
+    Args:
+        experiments: descriptions, one or more.
+
+    Raises:
+        BadValue: none given. BadType: what describes no experiments.
+
     Examples:
         >>> from tdconcepts.hooks import Ablate
         >>> shapes = lambda where: [(where, torch.Size([2]))]
@@ -156,6 +162,12 @@ def product(*experiments: Experiments) -> Experiments:
 
 def together(*experiments: Experiments) -> Experiments:
     """The first of each at the same time, then the second of each, and so on: as many as one of them has.
+
+    Args:
+        experiments: descriptions of equally many experiments, one or more.
+
+    Raises:
+        BadValue: none given; at the call, other numbers of experiments. BadType: what describes no experiments.
 
     Examples:
         >>> from tdconcepts.hooks import Ablate

@@ -58,6 +58,11 @@ class ConceptAccuracy(BlockStage):
 def concept_hits(concepts: ConceptSpec, probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Which concepts are right and which count, ``[*B, K]`` both; see :class:`ConceptAccuracy`.
 
+    Args:
+        concepts: which columns are which concepts.
+        probs: ``[*B, C]``, probabilities.
+        labels: ``[*B, C]``, or the classes ``[*B, K]``; NaN where a label is not known.
+
     Examples:
         >>> hits, known = concept_hits(ConceptSpec(["wing"]), torch.tensor([[0.9], [0.2]]), torch.tensor([[1], [1]]))
         >>> hits.tolist(), known.tolist()

@@ -91,7 +91,26 @@ class AIM(TensorDictModuleBase):
 class AUM(AIM):
     """Accuracy on unimportant features masked: as :class:`AIM`, for the k *least* important; higher is better.
 
+    | reads | writes |
+    |---|---|
+    | what ``of`` depends on; ``("attribution", *k)`` for each ``k`` in ``wrt`` | ``("metric", "aum")`` ``[*B]`` |
+
+    Args:
+        module, of, wrt, k, baseline, attribution: as for :class:`AIM`.
+
+    Raises:
+        BadValue, BadKey: as :class:`AIM`.
+
     Source: Xiong et al. 2024, "XRL-Bench", section 4.2.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> policy = TensorDictModule(lambda x: x[..., :2], ["observation"], ["logits"])
+        >>> td = TensorDict(observation=torch.tensor([[3.0, 1.0, 0.0]]), batch_size=[1])
+        >>> td["attribution", "observation"] = torch.tensor([[0.0, 0.1, 0.9]])
+        >>> AUM(policy)(td)["metric", "aum"]  # what the attribution calls unimportant decides
+        tensor([0.])
     """
 
     name, least = "aum", True
@@ -190,7 +209,27 @@ class PGI(TensorDictModuleBase):
 class PGU(PGI):
     """Prediction gap on unimportant features: as :class:`PGI`, for the k *least* important; lower is better.
 
+    | reads | writes |
+    |---|---|
+    | what the target depends on; ``("attribution", *k)`` for each ``k`` in ``wrt`` | ``("metric", "pgu")`` ``[*B]`` |
+
+    Args:
+        module, target, wrt, k, noise_level, n_samples, generator, options: as for :class:`PGI`.
+
+    Raises:
+        BadValue, BadKey: as :class:`PGI`.
+
     Source: Xiong et al. 2024, "XRL-Bench", section 4.2.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> critic = TensorDictModule(lambda x: 2 * x[..., :1], ["observation"], ["state_value"])
+        >>> td = TensorDict(observation=torch.zeros(1, 2), batch_size=[1])
+        >>> td["attribution", "observation"] = torch.tensor([[0.1, 0.9]])
+        >>> gap = PGU(critic, Target("state_value"), n_samples=20_000, generator=torch.Generator().manual_seed(0))
+        >>> round(gap(td)["metric", "pgu"].item(), 1)  # the value moves with what is called unimportant
+        0.2
     """
 
     name, least = "pgu", True

@@ -24,8 +24,17 @@ __all__ = ["Randomised", "parameter_randomisation", "spearman"]
 class Randomised:
     """What :func:`parameter_randomisation` found: the layers that were randomised, and each row's similarity.
 
-    ``similarity`` is ``[L, *B]``: the rank correlation between the explanation of the model as it is and the one after
-    the layer (and, cascading, all layers after it) was drawn anew. An explanation that depends on the model falls to 0.
+    An explanation that depends on the model falls to 0.
+
+    Args:
+        layers: the paths of the L layers, in the order in which they were drawn anew.
+        similarity: ``[L, *B]``, the rank correlation between the explanation of the model as it is and the one after
+            the layer (and, cascading, all layers after it) was drawn anew.
+
+    Examples:
+        >>> found = Randomised(("2", "0"), torch.tensor([[0.75, 0.25], [0.5, 0.0]]))
+        >>> found.mean
+        {'2': 0.5, '0': 0.25}
     """
 
     layers: tuple[str, ...]
