@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 
 NEEDS_TORCHRL = re.compile(
-    r">>> .*\b(\w+_env|gym_envs|ppo_\w+|dqn_\w+|concept_cartpole|lstm_recall|multiagent_meeting)\("
+    r">>> .*\b(from torchrl|"
+    r"(\w+_env|gym_envs|ppo_\w+|dqn_\w+|concept_cartpole|lstm_recall|multiagent_meeting|concepts_composite)\()"
 )
 collect_ignore = ["stubs"]  # collected, they would be in sys.modules under the names that they stand in for
 

@@ -63,6 +63,9 @@ def cartpole_policy(width: int = 64) -> ProbabilisticTensorDictSequential:
     ``hidden`` and ``concept`` ``[*B, width]`` (linear and tanh), ``logits`` ``[*B, 2]`` (push left, push right),
     ``action`` ``[*B]`` (the mode unless the interaction type says otherwise) and ``action_log_prob`` ``[*B]``.
 
+    Args:
+        width: of ``hidden`` and ``concept``.
+
     Examples:
         >>> policy = cartpole_policy(width=8)
         >>> policy.in_keys, policy.out_keys

@@ -28,6 +28,13 @@ class Factor:
     Args:
         change: ``td -> td``: states in which this factor, and it alone, is another one; from a simulator, or by hand.
         place: truth values in the shape of a row (or ``[*B, *row]``, where it moves): the elements that show it.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> mirrored = lambda td: td.set("observation", td["observation"] * torch.tensor([1.0, 1.0, -1.0, -1.0]))
+        >>> pole = Factor(mirrored, place=torch.tensor([False, False, True, True]))
+        >>> pole.change(TensorDict(observation=torch.ones(1, 4), batch_size=[1]))["observation"]
+        tensor([[ 1.,  1., -1., -1.]])
     """
 
     change: Change
@@ -38,9 +45,18 @@ class Factor:
 class FactorTest:
     """What :func:`factor_test` found, ``[F, *B]`` each, by factor and state.
 
-    ``behaviour``: how far the distribution over actions moves when the factor is changed (total variation, in [0, 1]);
-    ``flips``: whether the greedy action does; ``share``: the factor's share of the saliency before the change;
-    ``moved``: how far its share moves with the change.
+    Args:
+        names: of the F factors.
+        behaviour: how far the distribution over actions moves when the factor is changed (total variation, in [0, 1]).
+        flips: whether the greedy action does.
+        share: the factor's share of the saliency before the change.
+        moved: how far its share moves with the change.
+
+    Examples:
+        >>> effect, share = torch.tensor([[0.9, 0.1], [0.0, 0.2]]), torch.tensor([[0.8, 0.3], [0.2, 0.1]])
+        >>> test = FactorTest(("pole", "cart"), effect, effect > 0.5, share, torch.zeros(2, 2))
+        >>> test.across_states()  # the pole is salient where it matters, the cart where it does not
+        {'pole': 1.0, 'cart': -1.0}
     """
 
     names: tuple[str, ...]

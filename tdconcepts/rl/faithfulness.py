@@ -28,9 +28,19 @@ ORDERS = ("most", "least", "random")
 class ReturnCurves:
     """What :func:`return_curves` measured.
 
-    ``episodes`` is a TensorDict of batch ``[O, J, S]``: orders (``"most"`` important features first, ``"least"``,
-    ``"random"``), numbers of features, seeds; with ``"return"``, ``"length"`` and ``"finished"``. ``features`` is the
-    number of features that were hidden (deletion) or shown (insertion), ``[J]``; F is their number.
+    Args:
+        mode: ``"deletion"`` or ``"insertion"``.
+        orders: the O orders: ``"most"`` important features first, ``"least"``, ``"random"``.
+        features: the J numbers of features that were hidden (deletion) or shown (insertion).
+        episodes: a TensorDict of batch ``[O, J, S]`` (S seeds) with ``"return"``, ``"length"`` and ``"finished"``.
+        confidence: of the intervals.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> returns = torch.tensor([[[500.0, 500.0], [20.0, 10.0], [9.0, 9.0]]])
+        >>> curves = ReturnCurves("deletion", ("most",), (0, 1, 2), TensorDict({"return": returns}, [1, 3, 2]))
+        >>> curves.curve("most")[1], curves.area("most")
+        (tensor([500.,  15.,   9.]), 134.75)
     """
 
     mode: str

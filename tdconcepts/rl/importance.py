@@ -82,7 +82,21 @@ class StateImportance(TensorDictModuleBase):
 
 
 class Highlight(NamedTuple):
-    """One highlight: the trajectory (an index for each batch dim but time), step, steps to show, and importance."""
+    """One highlight of a rollout; a page shows it as a ``Shown`` of :mod:`tdconcepts.report`.
+
+    Args:
+        trajectory: an index for each batch dim but time.
+        step: the important one.
+        start: the first step to show.
+        stop: the step after the last to show.
+        importance: of the step.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> rollout = TensorDict({"importance": torch.tensor([[0.0, 1.0], [7.0, 0.0]])}, [2, 2])
+        >>> highlights(rollout, 1, context=1)
+        [Highlight(trajectory=(1,), step=0, start=0, stop=2, importance=7.0)]
+    """
 
     trajectory: tuple[int, ...]
     step: int

@@ -204,6 +204,9 @@ def concept_cartpole(
 def cartpole_concepts(td: TensorDictBase) -> Tensor:
     """The labels of :data:`CARTPOLE_CONCEPTS`, ``[*B, 4]``: angle, angular velocity, place and velocity above zero.
 
+    Args:
+        td: with ``"observation"`` ``[*B, 4]``.
+
     Examples:
         >>> from tensordict import TensorDict
         >>> cartpole_concepts(TensorDict(observation=torch.tensor([0.5, -1.0, 0.1, -0.2]), batch_size=[]))

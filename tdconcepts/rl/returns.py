@@ -26,12 +26,16 @@ BASELINE = "unpatched"
 class Returns:
     """What :func:`compare_returns` measured: one episode for each variant and seed; the first variant is the baseline.
 
-    ``episodes`` is a TensorDict of batch ``[V, S]`` (variants, seeds) with ``"return"`` (float64, undiscounted),
-    ``"length"`` (steps), ``"finished"`` (False where the step limit cut the episode) and, where it was asked for, what
-    the variant would have done on the baseline's own steps (open loop): ``"flips"``, the share of them at which it
-    would have acted differently, and ``"total_variation"``, half the sum over the actions of the absolute differences
-    of their probabilities, averaged over the steps (for policies that draw from finitely many actions). ``controls``:
-    variant -> the names of its matched-norm controls.
+    Args:
+        names: of the V variants.
+        episodes: a TensorDict of batch ``[V, S]`` (S seeds) with ``"return"`` (float64, undiscounted), ``"length"``
+            (steps), ``"finished"`` (False where the step limit cut the episode) and, where it was asked for, what the
+            variant would have done on the baseline's own steps (open loop): ``"flips"``, the share of them at which it
+            would have acted differently, and ``"total_variation"``, half the sum over the actions of the absolute
+            differences of their probabilities, averaged over the steps (for policies that draw from finitely many
+            actions).
+        confidence: of the intervals.
+        controls: variant -> the names of its matched-norm controls.
 
     Examples:
         >>> from tensordict import TensorDict

@@ -40,6 +40,16 @@ class Spots:
         BadValue: sizes that are not positive.
 
     Source: Greydanus et al. 2018, "Visualizing and understanding Atari agents", equation 1 and section 3.1.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> corner = TensorDictModule(lambda x: x[..., :4, :4].mean((-1, -2)).unsqueeze(-1), ["pixels"], ["value"])
+        >>> td = TensorDict(pixels=torch.eye(16).expand(1, 16, 16), batch_size=[1])
+        >>> spots = Greydanus(corner, "value", features=Spots(sigma=2.0, stride=4, blur=2.0))
+        >>> score = spots(td)["attribution", "pixels"]
+        >>> bool(score[0, :4, :4].sum() > score[0, 12:, 12:].sum())
+        True
     """
 
     sigma: float = 5.0
@@ -144,6 +154,9 @@ class Sarfa(Greydanus):
         module, wrt, features, options: as for :class:`Greydanus`.
         of: the entry with a value (or logit) for each action, ``[*B, A]``.
         action: the logged action, indices ``[*B]`` or one-hot rows ``[*B, A]``.
+
+    Raises:
+        BadKey: an entry that is not there. BadValue: features that do not fit what is explained, no such action.
 
     Source: Puri et al. 2020, "Explain your move: understanding agent actions using specific and relevant feature
     attribution", equations 1 to 4.

@@ -24,7 +24,10 @@ def concepts_composite(concepts: ConceptSpec, shape: Iterable[int] = ()) -> Any:
     Raises:
         MissingExtra: without torchrl.
 
-    ``concepts_composite(ConceptSpec(["wing", "colour"], [1, 3]), [2])["colour"].shape`` is ``[2, 3]``.
+    Examples:
+        >>> from tdconcepts import rl
+        >>> rl.concepts_composite(ConceptSpec(["wing", "colour"], [1, 3]), [2])["colour"].shape
+        torch.Size([2, 3])
     """
     data = import_extra("torchrl.data", "rl")
     batch, leaves = tuple(shape), {}
@@ -51,7 +54,11 @@ def concept_spec(composite: Any) -> ConceptSpec:
         BadType: for anything else, and a leaf that is none of these.
         MissingExtra: without torchrl.
 
-    ``concept_spec(Composite(gear=Categorical(4), speed=Unbounded(1)))`` has the cardinalities ``(4, 1)``.
+    Examples:
+        >>> from torchrl.data import Categorical, Composite, Unbounded
+        >>> found = concept_spec(Composite(gear=Categorical(4), speed=Unbounded(1)))
+        >>> found.names, found.cardinalities, found.kinds
+        (('gear', 'speed'), (4, 1), ('categorical', 'continuous'))
     """
     data = import_extra("torchrl.data", "rl")
     if not isinstance(composite, data.Composite):

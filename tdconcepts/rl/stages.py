@@ -23,8 +23,19 @@ __all__ = ["AgentStages", "Stage", "agent_stages"]
 class Stage:
     """One TensorDictModule of a network that holds no other.
 
-    ``network`` and ``path`` name it (``Site(path)`` in that network); ``reads`` and ``writes`` are its entries;
-    ``sites`` are the paths of the layers inside, as a ``Site`` in the network takes them.
+    Args:
+        network: the network that it belongs to.
+        path: its place there, as ``Site(path)`` takes it.
+        kind: the class of what it wraps.
+        reads: its entries.
+        writes: its entries.
+        sites: the paths of the layers inside, as a ``Site`` in the network takes them.
+
+    Examples:
+        >>> from tdconcepts.rl import cartpole_policy
+        >>> stage = agent_stages(cartpole_policy()).stages[0]
+        >>> stage.network, stage.path, stage.reads, stage.writes
+        ('policy', '0', ('observation',), ('hidden',))
     """
 
     network: str
@@ -37,7 +48,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class AgentStages(Mapping[str, TensorDictModuleBase]):
-    """The networks of an agent by name; ``stages`` lists what they are made of, in the order in which it runs.
+    """The networks of an agent by name, and what they are made of.
+
+    Args:
+        networks: name -> network; a mapping of these is what this is.
+        stages: of all networks, in the order in which they run.
 
     Examples:
         >>> from tdconcepts.rl import cartpole_policy

@@ -157,7 +157,10 @@ def log_prob(policy: TensorDictModuleBase, action: NestedKey = "action", *, agen
 
 
 def probability(policy: TensorDictModuleBase, action: NestedKey = "action", *, agent: int | None = None) -> Target:
-    r"""The probability (density) of the logged action, :math:`\pi(a|s)`; arguments and errors as :func:`log_prob`.
+    r"""The probability (density) of the logged action, :math:`\pi(a|s)`; errors as :func:`log_prob`.
+
+    Args:
+        policy, action, agent: as for :func:`log_prob`.
 
     Examples:
         >>> import torch

@@ -30,9 +30,19 @@ STAGE = "training the agent"
 class TrainedAgent:
     """A trained policy and how it got there.
 
-    ``policy`` writes its stages under their own keys; ``critic`` writes ``state_value`` (None for DQN, whose policy
-    writes ``action_value``). ``history`` holds one ``{"frames", "mean", "min"}`` for each evaluation (greedy episodes);
-    ``mean_return`` is that of the checkpoint that was kept.
+    Args:
+        policy: writes its stages under their own keys.
+        critic: writes ``"state_value"``; None for DQN, whose policy writes ``"action_value"``.
+        seed: of its training.
+        frames: how many it was trained on, up to the checkpoint that was kept.
+        mean_return: of that checkpoint, over greedy episodes.
+        history: one ``{"frames", "mean", "min"}`` for each evaluation.
+
+    Examples:
+        >>> from tdconcepts import rl
+        >>> agent = TrainedAgent(rl.cartpole_policy(), None, seed=0, frames=0, mean_return=9.4, history=[])
+        >>> agent
+        TrainedAgent(policy=..., critic=None, seed=0, frames=0, mean_return=9.4)
     """
 
     policy: Any
