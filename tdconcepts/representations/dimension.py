@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import NestedKey, as_key, as_keys, join
-from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbours, offsets
+from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbours
+from tdconcepts.representations.spectra import count_large, deviations, spectra
 
 __all__ = ["CAPCA", "LocalKNN", "LocalPCA", "TwoNN", "ca_pca", "local_knn", "local_pca", "two_nn"]
 
@@ -98,9 +99,11 @@ def local_pca(x: Tensor, k: int = 20, criterion: Literal["ratio", "maxgap"] = "r
         got = f"criterion={criterion!r}, alpha={alpha}"
         raise BadValue("not a criterion", got=got, needed='"ratio" or "maxgap", alpha in (0, 1)')
     check_count(x, k + 1, f"{k} neighbours")
-    values = _spectra(x, nearest(x, k))
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # squares are in range
+    vectors = deviations(x, nearest(x, k))
     if criterion == "ratio":
-        return (values >= alpha * values[..., :1]).sum(-1).to(values.dtype)
+        return count_large(vectors, alpha).to(x.dtype)
+    values = spectra(vectors)
     real = values > _EXACT * values[..., :1]
     rank = real.sum(-1)
     ahead = torch.where(real[..., 1:], values[..., :-1] / torch.where(real[..., 1:], values[..., 1:], 1.0), 0.0)
@@ -131,7 +134,7 @@ def ca_pca(x: Tensor, k: int = 20) -> Tensor:
     check_count(x, k + 2, f"{k} neighbours and the next")
     far, place = neighbours(x, k + 1)
     radius = 0.5 * (far[..., -2] + far[..., -1])
-    values = _spectra(x, place[..., :k]) / radius.square().unsqueeze(-1)
+    values = spectra(deviations(x, place[..., :k])) / radius.square().unsqueeze(-1)
     d = torch.arange(1, values.shape[-1] + 1, device=x.device, dtype=values.dtype)
     tail = (values.sum(-1, keepdim=True) - values.cumsum(-1)).clamp(min=0.0)  # t_d
     shift = 1.0 / (d + 2) - (3 * d + 4) / (d * (d + 4)) * tail
@@ -338,28 +341,6 @@ class CAPCA(SetStage):
 
 def _written(keys: NestedKey | list[NestedKey], out_key: NestedKey) -> list[NestedKey]:
     return [as_key(join(out_key, key)) for key in as_keys(keys)]
-
-
-def _spectra(x: Tensor, place: Tensor) -> Tensor:
-    r"""The eigenvalues of each neighbourhood's covariance, largest first: ``[..., N, F]``, or k where that is less.
-
-    With the k offsets from the point itself, :math:`d_j`, and their sum s, the squares about the mean of the k + 1
-    points are :math:`\sum_j d_j d_j^T - s s^T / (k + 1)`: those of :math:`d_j - c s` for :math:`c = (1 - (k +
-    1)^{-1/2}) / k`.
-    """
-    d = offsets(x, place)
-    k, width = d.shape[-2:]
-    d.sub_(d.sum(-2, keepdim=True).mul_((1.0 - (k + 1) ** -0.5) / k))
-    gram = d.mT @ d if width < k else d @ d.mT  # both have the same eigenvalues but for zeros
-    values = torch.linalg.eigvalsh(gram).flip(-1).clamp_(min=0.0).div_(k)
-    if not bool((values[..., 0] > 0).all()):
-        raise BadValue(
-            "a neighbourhood is one point",
-            got=f"{int((values[..., 0] <= 0).sum())} points whose neighbours are all duplicates",
-            needed="points that differ",
-            fix="remove duplicates, constant entries among them, or raise k",
-        )
-    return values
 
 
 def _apart(far: Tensor) -> Tensor:
