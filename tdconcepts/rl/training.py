@@ -34,8 +34,8 @@ class TrainedAgent:
         policy: writes its stages under their own keys.
         critic: writes ``"state_value"``; None for DQN, whose policy writes ``"action_value"``.
         seed: of its training.
-        frames: how many it was trained on, up to the checkpoint that was kept.
-        mean_return: of that checkpoint, over greedy episodes.
+        frames: how many it was trained on.
+        mean_return: of the checkpoint that was kept, over greedy episodes.
         history: one ``{"frames", "mean", "min"}`` for each evaluation.
 
     Examples:
