@@ -16,6 +16,10 @@ class TdConceptsError(Exception):
     The text says what went wrong, then what was *got*, what is *needed* and the *way out*, each on a line of its own
     and each optional. Catch this class for all of them, or ``KeyError``, ``ValueError`` and ``TypeError`` by kind.
 
+    Args:
+        what: what went wrong.
+        got, needed, fix: the three lines, each where it is not None.
+
     Examples:
         >>> from tdconcepts.errors import BadValue
         >>> print(BadValue("fraction is out of range", got="1.5", needed="a number in [0, 1]", fix="pass fraction=1.0"))
@@ -37,23 +41,69 @@ class TdConceptsError(Exception):
 
 
 class BadKey(TdConceptsError, KeyError):
-    """A key, path or name that does not exist, clashes, or is not a key at all."""
+    """A key, path or name that does not exist, clashes, or is not a key at all.
+
+    Args:
+        what, got, needed, fix: as for :class:`TdConceptsError`.
+
+    Examples:
+        >>> from tdconcepts.keys import as_key
+        >>> try:
+        ...     as_key(("agents", 1))
+        ... except KeyError as error:
+        ...     print(error)
+        not a TensorDict key
+          got:     1 (int)
+          needed:  a string or a tuple of strings
+          way out: ...
+    """
 
 
 class BadValue(TdConceptsError, ValueError):
-    """A value, shape, index or state that the operation can't take."""
+    """A value, shape, index or state that the operation can't take.
+
+    Args:
+        what, got, needed, fix: as for :class:`TdConceptsError`.
+
+    Examples:
+        >>> issubclass(BadValue, ValueError)
+        True
+    """
 
 
 class BadType(TdConceptsError, TypeError):
-    """An object of the wrong kind, a bare ``nn.Module`` or an integer tensor asked for gradients among them."""
+    """An object of the wrong kind, a bare ``nn.Module`` or an integer tensor asked for gradients among them.
+
+    Args:
+        what, got, needed, fix: as for :class:`TdConceptsError`.
+
+    Examples:
+        >>> issubclass(BadType, TypeError)
+        True
+    """
 
 
 class MissingExtra(TdConceptsError, ImportError):
-    """A package that one of the extras brings is not installed."""
+    """A package that one of the extras brings is not installed.
+
+    Args:
+        what, got, needed, fix: as for :class:`TdConceptsError`.
+
+    Examples:
+        >>> try:
+        ...     import_extra("no_such_package", "report")
+        ... except ImportError as error:
+        ...     print(str(error).splitlines()[-1].strip())
+        way out: pip install 'tdconcepts[report]'
+    """
 
 
 def import_extra(module: str, extra: str) -> Any:
     """The imported ``module``, or the command that installs the extra it comes with.
+
+    Args:
+        module: its name.
+        extra: the extra of this package that brings it.
 
     Raises:
         MissingExtra: ``module`` can't be imported; the original error is the cause.
@@ -75,6 +125,11 @@ def import_extra(module: str, extra: str) -> Any:
 
 def nearest(name: object, names: Iterable[object], limit: int = 4) -> str:
     """The existing names most like ``name``, as one phrase for a *way out*.
+
+    Args:
+        name: what was given.
+        names: those that exist.
+        limit: how many to name; twice as many where none is alike.
 
     Examples:
         >>> nearest("lgits", ["logits", "action", "value"])

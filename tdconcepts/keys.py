@@ -27,6 +27,12 @@ def as_key(key: object) -> NestedKey:
 
     TensorDict itself turns ``("a", 1)`` into ``"a"``; here that is a :class:`~tdconcepts.errors.BadKey`.
 
+    Args:
+        key: a string, or a tuple of strings and of such tuples.
+
+    Raises:
+        BadKey: anything else, an empty string among them.
+
     Examples:
         >>> as_key("observation"), as_key(("agents", ("state",))), as_key(("action",))
         ('observation', ('agents', 'state'), 'action')
@@ -40,6 +46,12 @@ def as_keys(keys: object) -> list[NestedKey]:
 
     A tuple is one nested key, as everywhere in tensordict; several keys are a list.
 
+    Args:
+        keys: a key, or a list of them.
+
+    Raises:
+        BadKey: what is no key.
+
     Examples:
         >>> as_keys("x"), as_keys(("a", "b")), as_keys(["x", ("a", "b")])
         (['x'], [('a', 'b')], ['x', ('a', 'b')])
@@ -49,6 +61,9 @@ def as_keys(keys: object) -> list[NestedKey]:
 
 def join(*parts: object) -> tuple[str, ...]:
     """One nested key from its parts.
+
+    Args:
+        parts: keys, from the outermost.
 
     Examples:
         >>> join("attribution", ("agents", "state"))
@@ -60,6 +75,9 @@ def join(*parts: object) -> tuple[str, ...]:
 def key_text(key: object) -> str:
     """How messages and tables print a key.
 
+    Args:
+        key: any key.
+
     Examples:
         >>> key_text("x"), key_text(("agents", "state"))
         ("'x'", "('agents', 'state')")
@@ -69,6 +87,10 @@ def key_text(key: object) -> str:
 
 def check_writable(out_keys: Sequence[NestedKey], in_keys: Iterable[NestedKey] = ()) -> None:
     """Refuse keys that can't be written together: twice the same, or one below another, be that one written or read.
+
+    Args:
+        out_keys: what is written.
+        in_keys: what is read.
 
     Raises:
         BadKey: the two keys that clash.
@@ -100,7 +122,19 @@ def check_writable(out_keys: Sequence[NestedKey], in_keys: Iterable[NestedKey] =
 
 
 def check_present(key: NestedKey, keys: Iterable[NestedKey], where: str) -> None:
-    """Raise :class:`BadKey` with the nearest names where ``key`` is not among ``keys``."""
+    """Raise with the nearest names where ``key`` is not among ``keys``.
+
+    Args:
+        key: what is looked for.
+        keys: those that there are.
+        where: what they are the keys of, for the error.
+
+    Raises:
+        BadKey: it is not there.
+
+    Examples:
+        >>> check_present("action", ["observation", "action"], "the rollout")
+    """
     known = list(keys)
     if key not in known:
         raise BadKey(f"no entry {key_text(key)} in {where}", got=key_text(key), needed=nearest(key, known))

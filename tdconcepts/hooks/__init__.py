@@ -10,11 +10,12 @@ from tdconcepts.hooks.hooked import Hooked, check_td
 from tdconcepts.hooks.locate import anchor, locate
 from tdconcepts.hooks.plans import Bound
 from tdconcepts.hooks.programs import Capture, Patch, Programs, capture, patch
-from tdconcepts.hooks.pullback import Pullback, Pulled
+from tdconcepts.hooks.pullback import Pullback
 from tdconcepts.hooks.sites import Site
 from tdconcepts.hooks.stages import check_module, cut, needed, stages
 from tdconcepts.hooks.swaps import Weights
 from tdconcepts.hooks.targets import Target
+from tdconcepts.hooks.watch import Pulled
 
 __all__ = [
     "Ablate",

@@ -24,6 +24,9 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
     ``out_keys`` come back, one tensor or a tuple. The difference is the batch: where some tensor has two dims or more
     and all share the first, that is the batch; else the tensors are one row.
 
+    Args:
+        forward: the method, ``(self, tensordict) -> tensordict``.
+
     Raises:
         BadType: too many tensors, or one given twice. BadKey: a name that is none.
 

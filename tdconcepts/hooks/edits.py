@@ -20,6 +20,15 @@ class Edit:
     """What the ready-made edits share: they compare by value, and name the entries that they read.
 
     Any callable ``(value, td) -> value`` is an edit as well; give it an attribute ``in_keys`` if it reads entries.
+
+    Examples:
+        >>> @dataclasses.dataclass(frozen=True, eq=False)
+        ... class Clip(Edit):  # one of your own; fields that are keys are read
+        ...     most: float
+        ...     def __call__(self, value, td):
+        ...         return value.clamp(-self.most, self.most)
+        >>> Clip(1.0)(torch.tensor([-3.0, 0.5]), None), Clip(1.0) == Clip(1.0)
+        (tensor([-1.0000,  0.5000]), True)
     """
 
     @property

@@ -53,6 +53,14 @@ class Options(Running, total=False):
             ``by=`` then means what the module has just written.
         create_graph: keep the graph of the results, for derivatives of an explanation; else they are detached.
         out_key: the first part of the keys that are written, ``"attribution"`` by default.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Gradient
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), ["x"], ["y"])
+        >>> options: Options = {"outputs": True, "out_key": "why", "chunk_size": 64}
+        >>> Gradient(net, Target("y", 0), **options).out_keys
+        [('why', 'x'), 'y']
     """
 
     outputs: bool

@@ -151,7 +151,21 @@ class Hooked(TensorDictModuleBase):
 
 
 def check_td(td: object) -> None:
-    """Raise for what can't be written to: no TensorDict, or a locked one."""
+    """Raise for what can't be written to: no TensorDict, or a locked one.
+
+    Args:
+        td: what a ``forward`` was given.
+
+    Raises:
+        BadType: no TensorDict. BadValue: a locked one.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> check_td(TensorDict({}, batch_size=[]).lock_())
+        Traceback (most recent call last):
+        ...
+        tdconcepts.errors.BadValue: the TensorDict is locked...
+    """
     if not isinstance(td, TensorDictBase):
         raise BadType(
             "not a TensorDict",

@@ -20,6 +20,11 @@ __all__ = ["anchor", "locate"]
 def locate(model: nn.Module, what: NestedKey | Site, paths: Mapping[str, nn.Module] | None = None) -> list[Place]:
     """The places of a site (several where its path is a glob), or the one place where an entry is written.
 
+    Args:
+        model: where to look.
+        what: a site, or the key of an entry.
+        paths: the modules by path, where they are known already.
+
     Raises:
         BadKey: where there is none.
 

@@ -41,10 +41,22 @@ class Step(NamedTuple):
 class Bound(NamedTuple):
     """What a program comes to on one module.
 
-    ``steps``: what happens at which place; ``in_keys`` / ``out_keys``: what it reads and writes besides the module's
-    own; ``edit_inputs(td)``: changes entries that the module reads; ``finish(run, td)``: writes results at the end;
-    ``pull``: a target and the places that it is pulled back to; ``stop``: the forward ends after the last place, and
-    the module's outputs are not written; ``only_through``: names of what direct calls of the module can't obey.
+    Args:
+        steps: what happens at which place.
+        in_keys, out_keys: what it reads and writes besides the module's own.
+        edit_inputs: ``(td)``, changes entries that the module reads.
+        finish: ``(run, td)``, writes results at the end.
+        pull: a target and the places that it is pulled back to.
+        stop: the forward ends after the last place, and the module's outputs are not written.
+        only_through: names of what direct calls of the module can't obey.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts import Capture
+        >>> net = TensorDictModule(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), ["x"], ["y"])
+        >>> (bound,) = Capture("0", stop=True).bind(net)
+        >>> [step.place.name for step in bound.steps], bound.out_keys, bound.stop
+        (['0'], (('activation', '0'),), True)
     """
 
     steps: tuple[Step, ...] = ()

@@ -222,7 +222,16 @@ class Patch(_Adds):
 
 @dataclasses.dataclass(frozen=True)
 class Programs(_Adds):
-    """Several programs on one model, in the order of addition: a capture after a patch sees what the patch made."""
+    """Several programs on one model, in the order of addition: a capture after a patch sees what the patch made.
+
+    Args:
+        parts: the programs; ``a + b`` makes one of these.
+
+    Examples:
+        >>> from tdconcepts import Scale
+        >>> Patch({"y": Scale(0.0)}) + Capture("1")
+        Patch({'y': Scale(factor=0.0)}) + Capture('1')
+    """
 
     parts: tuple[Any, ...]
 
@@ -244,6 +253,10 @@ def capture(
 ) -> Hooked:
     """``Capture(*sites, ...).on(model)``: a context whose module also writes what it captures.
 
+    Args:
+        model: a TensorDictModule.
+        sites, gradients, stop, clone, detach: as for :class:`Capture`.
+
     Examples:
         >>> from tensordict import TensorDict
         >>> from tensordict.nn import TensorDictModule
@@ -258,6 +271,10 @@ def capture(
 
 def patch(model: TensorDictModuleBase, edits: Mapping[Site | NestedKey, EditLike]) -> Hooked:
     """``Patch(edits).on(model)``: a context whose module runs with changed activations.
+
+    Args:
+        model: a TensorDictModule.
+        edits: as for :class:`Patch`.
 
     Examples:
         >>> from tensordict import TensorDict

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -22,26 +22,12 @@ from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
 from tdconcepts.hooks.sites import Place, Site
 from tdconcepts.hooks.stages import check_module, containers, needed, overlap
 from tdconcepts.hooks.targets import Target
-from tdconcepts.hooks.watch import Read, Seen, Watch, settle
+from tdconcepts.hooks.watch import Pulled, Read, Seen, Watch, settle
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["Pullback", "Pulled", "Wrt"]
+__all__ = ["Pullback", "Wrt"]
 
 Wrt: TypeAlias = NestedKey | Site
-
-
-class Pulled(NamedTuple):
-    """What one pull-back gives.
-
-    ``values``: the explained numbers, ``[*B]`` or ``[*B, T]``; ``points``: where each gradient was taken, ``[*B,
-    ...]``; ``gradients``: one for each *wrt*, ``[*B, ...]`` or ``[*B, T, ...]``; ``outputs``: everything that the
-    model wrote.
-    """
-
-    values: Tensor
-    points: list[Tensor]
-    gradients: list[Tensor]
-    outputs: TensorDictBase
 
 
 class Pullback:

@@ -18,8 +18,9 @@ from tdconcepts.hooks.flows import backward_by, changed, is_inplace, operation_n
 from tdconcepts.hooks.jacobian import differentiable
 from tdconcepts.hooks.opened import OPENED, open_up
 from tdconcepts.hooks.plans import Run, Step
-from tdconcepts.hooks.pullback import Pullback, Pulled, Wrt
+from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.sites import Place, Site
+from tdconcepts.hooks.watch import Pulled
 
 __all__ = ["Comparison", "References", "moves"]
 

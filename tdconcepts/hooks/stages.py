@@ -16,6 +16,10 @@ __all__ = ["check_module", "containers", "cut", "needed", "stages", "writer"]
 def check_module(module: object, what: str = "module") -> TensorDictModuleBase:
     """Return ``module`` if it is a TensorDictModule, else raise with the line to write.
 
+    Args:
+        module: what was given.
+        what: its name, for the error.
+
     Raises:
         BadType: for a bare ``nn.Module`` or anything else without ``in_keys`` and ``out_keys``.
 
@@ -50,6 +54,9 @@ def stages(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     Running them one after the other on a TensorDict is the same as running ``module``. What has a ``forward`` of its
     own is one stage, a probabilistic sequential (whose last stage is run with care for log-probabilities) among them.
 
+    Args:
+        module: the pipeline.
+
     Examples:
         >>> from tensordict.nn import TensorDictModule as Mod
         >>> body = TensorDictSequential(Mod(nn.Linear(4, 3), ["x"], ["h"]), Mod(nn.Tanh(), ["h"], ["z"]))
@@ -61,6 +68,10 @@ def stages(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
 
 def cut(module: TensorDictModuleBase, key: NestedKey) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
     """The stages up to and including the last one that writes ``key``, and the stages after it.
+
+    Args:
+        module: the pipeline.
+        key: an entry that one of its stages writes.
 
     Raises:
         BadKey: when no stage writes ``key``, with the keys that can be cut at.
@@ -101,6 +112,12 @@ def needed(
         module: the pipeline.
         outputs: entries that are wanted.
         keep: modules that must run in any case; the stages that hold them stay, and so does what these need.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule as Mod
+        >>> model = TensorDictSequential(Mod(nn.Linear(4, 3), ["x"], ["h"]), Mod(nn.Linear(3, 2), ["h"], ["y"]))
+        >>> [stage.out_keys for stage in needed(model, ["h"])]
+        [['h']]
     """
     wanted = {as_key(key) for key in outputs}
     kept: list[TensorDictModuleBase] = []

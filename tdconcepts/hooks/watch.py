@@ -1,4 +1,4 @@
-"""What a step does at a place that is read: record the value, and where a gradient can be taken from it."""
+"""What a step does at a place that is read: record the value and where its gradient can be taken; what comes of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
@@ -13,7 +14,7 @@ from torch.compiler import is_compiling
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.plans import Run
 
-__all__ = ["Read", "Record", "Seen", "Watch", "settle"]
+__all__ = ["Pulled", "Read", "Record", "Seen", "Watch", "settle"]
 
 
 class Seen(NamedTuple):
@@ -26,6 +27,31 @@ class Seen(NamedTuple):
     version: int | None = None
     handle: Any = None
     mapped: int | None = None
+
+
+class Pulled(NamedTuple):
+    """What one pull-back gives.
+
+    Args:
+        values: the explained numbers, ``[*B]``, with several targets ``[*B, T]``.
+        points: where each gradient was taken, ``[*B, ...]``.
+        gradients: one for each *wrt*, ``[*B, ...]``, with several targets ``[*B, T, ...]``.
+        outputs: everything that the model wrote.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts.hooks import Pullback, Target
+        >>> net = TensorDictModule(torch.nn.Linear(4, 2), in_keys=["x"], out_keys=["y"])
+        >>> pulled = Pullback(net, Target("y", [0, 1]))(TensorDict(x=torch.zeros(3, 4), batch_size=[3]))
+        >>> pulled.values.shape, pulled.gradients[0].shape
+        (torch.Size([3, 2]), torch.Size([3, 2, 4]))
+    """
+
+    values: Tensor
+    points: list[Tensor]
+    gradients: list[Tensor]
+    outputs: TensorDictBase
 
 
 class Read:
