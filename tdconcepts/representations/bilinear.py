@@ -93,10 +93,6 @@ class BilinearProbe(Probe):
 
     _lead = 2
 
-    def widths(self, one: Fitted) -> list[int]:
-        """F1 and F2."""
-        return list(one.weight.shape[:2])
-
     def read(self, x: list[Tensor], one: Fitted) -> Tensor:
         """The bilinear form."""
         if one.weight.ndim == 2:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple, Self
 
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadValue, nearest
-from tdconcepts.hooks import check_td, dispatch_rows
-from tdconcepts.hooks.calling import missing_entries
-from tdconcepts.keys import NestedKey, as_key, as_keys, check_writable, join, key_text
+from tdconcepts.errors import BadValue
+from tdconcepts.keys import NestedKey, as_key
 from tdconcepts.representations.learned import Learned
 from tdconcepts.representations.moments import Moments, merged
-from tdconcepts.representations.reading import Data, Reader, Stream, check_keys, stacked
+from tdconcepts.representations.reading import Data, Reader, Stream, stacked
 
 __all__ = ["Fitted", "Probe", "moments_of"]
 
@@ -45,12 +42,8 @@ class Probe(Learned, TensorDictModuleBase):
 
     def __init__(self, keys: NestedKey | list[NestedKey], label: NestedKey, out_key: NestedKey = "probe") -> None:
         super().__init__()
-        self.keys = check_keys(as_keys(keys))
+        self.about(keys, out_key)
         self.label = as_key(label)
-        self.in_keys = list(self.keys)
-        self.out_keys = [as_key(join(out_key, key)) for key in self.keys]
-        self._written = list(self.out_keys)  # select_out_keys changes those
-        check_writable(self.out_keys, self.in_keys)
 
     @abstractmethod
     def solve(self, stream: Stream, folds: int = 0) -> list[list[Fitted]]:
@@ -97,35 +90,11 @@ class Probe(Learned, TensorDictModuleBase):
 
     def of(self, key: NestedKey | None = None) -> Fitted:
         """The parameters of one entry's probe; without a key of the only one."""
-        self.check_fitted()
-        if key is None and len(self.keys) == 1:
-            return self._fitted(0)
-        if key is None or as_key(key) not in self.keys:
-            raise BadKey("which probe?", got=repr(key), needed=nearest(key, self.keys))
-        return self._fitted(self.keys.index(as_key(key)))
+        return Fitted(*self.kept(self.place(key)))
 
-    @dispatch_rows
-    @set_skip_existing(None)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the prediction for each entry."""
-        check_td(tensordict)
-        self.check_fitted()
-        missing = [key for key in self.in_keys if tensordict.get(key) is None]
-        if missing:
-            raise missing_entries(missing, tensordict)
-        found = {}
-        for i, out_key in enumerate(self._written):
-            given = [tensordict.get(key) for key in self.sources(i)]
-            one = self._fitted(i)
-            for key, value, width in zip(self.sources(i), given, self.widths(one), strict=True):
-                if value.shape[-1:] != (width,):
-                    got, needed = list(value.shape), f"[*B, {width}]"
-                    raise BadValue(f"{key_text(key)} has another width than was fitted", got=got, needed=needed)
-            one = Fitted(*(tensor.to(given[0]) for tensor in one))
-            found[out_key] = self.link(self.read(given, one))
-        for out_key, value in found.items():
-            tensordict.set(out_key, value)
-        return tensordict
+    def readout(self, x: list[Tensor], kept: list[Tensor]) -> Tensor:
+        """The prediction."""
+        return self.link(self.read(x, Fitted(*kept)))
 
     # What a probe of several entries at once changes.
 
@@ -137,22 +106,11 @@ class Probe(Learned, TensorDictModuleBase):
         """The entries that the rows are made of, in the order of :attr:`Rows.x`."""
         return self.keys
 
-    def sources(self, i: int) -> list[NestedKey]:
-        """The entries that the i-th probe reads."""
-        return [self.keys[i]]
-
-    def widths(self, one: Fitted) -> list[int]:
-        """The width of each of the sources."""
-        return [one.weight.shape[0]]
-
     def read(self, x: list[Tensor], one: Fitted) -> Tensor:
         """The outputs ``[*B]``, ``[*B, K]`` or ``[*B, K, C]``."""
         weight = one.weight.flatten(1) if one.weight.ndim > 1 else one.weight.unsqueeze(-1)
         z = (x[0] @ weight).reshape((*x[0].shape[:-1], *one.weight.shape[1:]))
         return z + one.bias
-
-    def _fitted(self, i: int) -> Fitted:
-        return Fitted(*self.kept(i))
 
 
 def moments_of(stream: Stream, folds: int = 0) -> list[tuple[list[int], list[Moments]]]:

@@ -1,13 +1,19 @@
-"""What a stage has learned: buffers for each entry, that state dicts carry to stages which are not fitted."""
+"""What a stage has learned: buffers for each entry, that state dicts carry to stages which are not fitted; its use."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
 import torch
+from tensordict import TensorDictBase
+from tensordict.nn import set_skip_existing
 from torch import Tensor, nn
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadKey, BadValue, nearest
+from tdconcepts.hooks import check_td, dispatch_rows
+from tdconcepts.hooks.calling import missing_entries
+from tdconcepts.keys import NestedKey, as_key, as_keys, check_writable, join, key_text
+from tdconcepts.representations.reading import check_keys
 
 __all__ = ["Learned"]
 
@@ -15,7 +21,8 @@ __all__ = ["Learned"]
 class Learned(nn.Module):
     """Holds a named tuple of tensors for each of several entries, as buffers ``name_i``.
 
-    Subclasses name the tuple's fields, and are TensorDictModules.
+    Subclasses name the tuple's fields, and are TensorDictModules. One that writes an entry for each says so by
+    :meth:`about`, and by :meth:`readout` what it writes; its fields have a ``mean``, whose shape is the rows' width.
     """
 
     learns: ClassVar[tuple[str, ...]]
@@ -44,6 +51,52 @@ class Learned(nn.Module):
     def kept(self, i: int) -> list[Tensor]:
         """The tensors of the i-th entry."""
         return [self.get_buffer(f"{name}_{i}") for name in self.learns]
+
+    def about(self, keys: NestedKey | list[NestedKey], out_key: NestedKey) -> None:
+        """Read ``keys``, and write an entry for each."""
+        self.keys = check_keys(as_keys(keys))
+        self.in_keys = list(self.keys)
+        self.out_keys = [as_key(join(out_key, key)) for key in self.keys]
+        self._written = list(self.out_keys)  # select_out_keys changes those
+        check_writable(self.out_keys, self.in_keys)
+
+    def place(self, key: NestedKey | None) -> int:
+        """The number of an entry; without a key of the only one."""
+        self.check_fitted()
+        if key is None and len(self.keys) == 1:
+            return 0
+        if key is None or as_key(key) not in self.keys:
+            raise BadKey("which of the entries?", got=repr(key), needed=nearest(key, self.keys))
+        return self.keys.index(as_key(key))
+
+    def sources(self, i: int) -> list[NestedKey]:
+        """The entries that the i-th is made of."""
+        return [self.keys[i]]
+
+    def readout(self, x: list[Tensor], kept: list[Tensor]) -> Tensor:
+        """What is written, from the sources ``[*B, F]`` and what was learned of them."""
+        raise NotImplementedError
+
+    @dispatch_rows
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write what is read out of each entry."""
+        check_td(tensordict)
+        self.check_fitted()
+        missing = [key for key in self.in_keys if tensordict.get(key) is None]
+        if missing:
+            raise missing_entries(missing, tensordict)
+        found = []
+        for i in range(len(self.keys)):
+            x = [tensordict.get(key) for key in self.sources(i)]
+            for key, value, width in zip(self.sources(i), x, self.get_buffer(f"mean_{i}").shape, strict=True):
+                if value.shape[-1:] != (width,):
+                    got, needed = list(value.shape), f"[*B, {width}]"
+                    raise BadValue(f"{key_text(key)} has another width than was fitted", got=got, needed=needed)
+            found.append(self.readout(x, [tensor.to(x[0]) for tensor in self.kept(i)]))
+        for out_key, value in zip(self._written, found, strict=True):
+            tensordict.set(out_key, value)
+        return tensordict
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         names = tuple(f"{prefix}{name}_" for name in self.learns)

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import ClassVar, Literal, Self
 
 import torch
-from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadValue, nearest
-from tdconcepts.hooks import Add, Edit, RemoveDirection, Site, check_td, dispatch_rows
-from tdconcepts.hooks.calling import missing_entries
-from tdconcepts.keys import ACTIVATION, NestedKey, as_key, as_keys, check_writable, join, key_text
+from tdconcepts.errors import BadValue
+from tdconcepts.hooks import Add, Edit, RemoveDirection, Site
+from tdconcepts.keys import ACTIVATION, NestedKey, as_key, as_keys, key_text
 from tdconcepts.representations.fitting import Probe
 from tdconcepts.representations.learned import Learned
 from tdconcepts.representations.linear import check_binary
 from tdconcepts.representations.logistic import LogisticProbe
 from tdconcepts.representations.moments import Moments, merged
-from tdconcepts.representations.reading import Data, Reader, batches, check_keys, features, finite
+from tdconcepts.representations.reading import Data, Reader, batches, features, finite
 
 __all__ = ["SteeringVector"]
 
@@ -73,16 +71,13 @@ class SteeringVector(Learned, TensorDictModuleBase):
         out_key: NestedKey = "steering",
     ) -> None:
         super().__init__()
-        self.in_keys = check_keys(as_keys(keys))
-        self.out_keys = [as_key(join(out_key, key)) for key in self.in_keys]
-        self._written = list(self.out_keys)  # select_out_keys changes those
-        check_writable(self.out_keys, self.in_keys)
+        self.about(keys, out_key)
         if (label is None) == (negative is None) and not isinstance(method, Probe):
             raise BadValue("what is compared with what?", got=f"label={label!r}, negative={negative!r}", needed="one")
         self.label = None if label is None else as_key(label)
         self.negative = None if negative is None else as_keys(negative)
-        if self.negative is not None and len(self.negative) != len(self.in_keys):
-            got = f"{len(self.in_keys)} and {len(self.negative)}"
+        if self.negative is not None and len(self.negative) != len(self.keys):
+            got = f"{len(self.keys)} and {len(self.negative)}"
             raise BadValue("the entries don't pair up", got=got, needed="a negative entry for each entry")
         if not isinstance(method, Probe) and method not in ("mean", "pca", "probe"):
             raise BadValue("no such method", got=repr(method), needed='"mean", "pca", "probe" or a fitted probe')
@@ -109,9 +104,9 @@ class SteeringVector(Learned, TensorDictModuleBase):
         probe = self._probe[0] if self._probe else None
         label = probe.label if isinstance(probe, Probe) and self.label is None else self.label
         if self.method == "probe":
-            probe = LogisticProbe(list(self.in_keys), label).fit(data, mask=mask)  # type: ignore[arg-type]
+            probe = LogisticProbe(list(self.keys), label).fit(data, mask=mask)  # type: ignore[arg-type]
         found = self._paired(data) if self.negative is not None else self._labelled(data, label, mask)  # type: ignore[arg-type]
-        for i, (key, (step, mean, typical, axis)) in enumerate(zip(self.in_keys, found, strict=True)):
+        for i, (key, (step, mean, typical, axis)) in enumerate(zip(self.keys, found, strict=True)):
             axis = probe.direction(key).to(step) if probe is not None else axis
             if axis.ndim != 1:
                 raise BadValue("a probe of several labels", got=f"{len(axis)} directions", needed="one label, [*B]")
@@ -129,7 +124,7 @@ class SteeringVector(Learned, TensorDictModuleBase):
 
     def vector(self, key: NestedKey | None = None) -> Tensor:
         """The direction of an entry ``[F]``, of the length that ``norm`` says."""
-        return self.kept(self._place(key))[0].clone()
+        return self.kept(self.place(key))[0].clone()
 
     def add(self, key: NestedKey | None = None, scale: float = 1.0) -> Add:
         """The edit that adds ``scale`` times the vector: for :func:`~tdconcepts.patch`."""
@@ -137,7 +132,7 @@ class SteeringVector(Learned, TensorDictModuleBase):
 
     def project_out(self, key: NestedKey | None = None, to_mean: bool = True) -> RemoveDirection:
         """The edit that takes the direction out: the component along it becomes that of the mean row, or zero."""
-        vector, mean = self.kept(self._place(key))
+        vector, mean = self.kept(self.place(key))
         return RemoveDirection(vector, mean if to_mean else None)
 
     def edits(self, what: Literal["add", "project_out"] = "add", scale: float = 1.0) -> dict[Site | NestedKey, Edit]:
@@ -152,41 +147,17 @@ class SteeringVector(Learned, TensorDictModuleBase):
         if what not in ("add", "project_out"):
             raise BadValue("no such edit", got=repr(what), needed='"add" or "project_out"')
         found: dict[Site | NestedKey, Edit] = {}
-        for key in self.in_keys:
+        for key in self.keys:
             captured = isinstance(key, tuple) and len(key) == 2 and key[0] == ACTIVATION
             found[Site.parse(key[1]) if captured else key] = (
                 self.add(key, scale) if what == "add" else self.project_out(key)
             )
         return found
 
-    @dispatch_rows
-    @set_skip_existing(None)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write where each row lies along the directions."""
-        check_td(tensordict)
-        self.check_fitted()
-        missing = [key for key in self.in_keys if tensordict.get(key) is None]
-        if missing:
-            raise missing_entries(missing, tensordict)
-        found = {}
-        for i, (key, out_key) in enumerate(zip(self.in_keys, self._written, strict=True)):
-            x = tensordict.get(key)
-            vector, mean = (tensor.to(x) for tensor in self.kept(i))
-            if x.shape[-1:] != mean.shape:
-                got, needed = list(x.shape), f"[*B, {len(mean)}]"
-                raise BadValue(f"{key_text(key)} has another width than was fitted", got=got, needed=needed)
-            found[out_key] = (x - mean) @ (vector / vector.norm())
-        for out_key, value in found.items():
-            tensordict.set(out_key, value)
-        return tensordict
-
-    def _place(self, key: NestedKey | None) -> int:
-        self.check_fitted()
-        if key is None and len(self.in_keys) == 1:
-            return 0
-        if key is None or as_key(key) not in self.in_keys:
-            raise BadKey("which vector?", got=repr(key), needed=nearest(key, self.in_keys))
-        return self.in_keys.index(as_key(key))
+    def readout(self, x: list[Tensor], kept: list[Tensor]) -> Tensor:
+        """Where each row lies along the direction."""
+        vector, mean = kept
+        return (x[0] - mean) @ (vector / vector.norm())
 
     _dtype = torch.float32
 
@@ -194,7 +165,7 @@ class SteeringVector(Learned, TensorDictModuleBase):
         self, data: Data, label: NestedKey, mask: NestedKey | None
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """For each entry the difference of means, the mean, the mean length, and the direction."""
-        reader = Reader(list(self.in_keys), label, mask)
+        reader = Reader(list(self.keys), label, mask)
         parts: list[Moments] = []
         lengths: list[Tensor] = []
         for td in batches(data):
@@ -202,7 +173,7 @@ class SteeringVector(Learned, TensorDictModuleBase):
             if rows.y.shape[-1] != 1:
                 raise BadValue("one direction, one label", got=f"{rows.y.shape[-1]} labels", needed="[*B]")
             check_binary(rows.y)
-            self._dtype = td.get(self.in_keys[0]).dtype
+            self._dtype = td.get(self.keys[0]).dtype
             new = [Moments.of(x, rows.y) for x in rows.x]
             parts = [merged(pair) for pair in zip(parts, new, strict=True)] if parts else new
             far = [x.norm(dim=-1).sum() for x in rows.x]
@@ -221,9 +192,9 @@ class SteeringVector(Learned, TensorDictModuleBase):
     def _paired(self, data: Data) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         parts: list[tuple[Moments, Moments, Tensor]] = []
         for td in batches(data):
-            self._dtype = td.get(self.in_keys[0]).dtype if td.get(self.in_keys[0]) is not None else self._dtype
+            self._dtype = td.get(self.keys[0]).dtype if td.get(self.keys[0]) is not None else self._dtype
             new = []
-            for key, other in zip(self.in_keys, self.negative, strict=True):  # type: ignore[arg-type]
+            for key, other in zip(self.keys, self.negative, strict=True):  # type: ignore[arg-type]
                 ones, others = (finite(features(td, k), k).double() for k in (key, other))
                 if ones.shape != others.shape:
                     got = f"{key_text(key)} {list(ones.shape)}, {key_text(other)} {list(others.shape)}"

@@ -87,7 +87,7 @@ def test_directions():
     assert probe.direction("w").shape == (3, 4)
     torch.testing.assert_close(probe.direction("w").norm(dim=-1), torch.ones(3).double())
     for key in (None, "nonsense"):
-        with pytest.raises(BadKey, match="which probe"):
+        with pytest.raises(BadKey, match="which of the entries"):
             probe.direction(key)
     flat = make().set("z", torch.zeros(40, 2).double())
     with pytest.raises(BadValue, match="no direction"):

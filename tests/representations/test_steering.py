@@ -108,5 +108,5 @@ def test_bad_input(make_it, text):
 
 
 def test_which_vector():
-    with pytest.raises(BadKey, match="which vector"):
+    with pytest.raises(BadKey, match="which of the entries"):
         SteeringVector(["x", "w"], "y").fit(make()).vector()
