@@ -1,13 +1,16 @@
-"""Linear probes: what can be read from a latent, in closed form and scored on episodes that were held out."""
+"""Linear probes over episodes ``[E, T, C]``: what can be read from a latent, scored on episodes that were held out."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
+from tdconcepts.representations.linear import LinearProbe
+from tdconcepts.representations.scoring import cross_validate
 
 __all__ = ["RidgeProbe", "ridge_direction"]
 
@@ -61,7 +64,8 @@ def ridge_direction(
     :math:`w = (\tilde Z^T \tilde Z + \lambda I)^{-1} \tilde Z^T \tilde y` on centred data, in float64. For the
     score the episodes are dealt into ``folds`` groups; each group is predicted by a probe fitted on the others:
     :math:`R^2 = 1 - \sum (y - \hat y)^2 / \sum (y - \bar y_\mathrm{train})^2`. The probe that is returned is fitted on
-    all. Neighbouring steps are near copies, so held-out *steps* would flatter: whole episodes are held out.
+    all. Neighbouring steps are near copies, so held-out *steps* would flatter: whole episodes are held out. It is
+    :class:`LinearProbe` and :func:`cross_validate` for tensors, with ``groups=0``.
 
     Args:
         z: the latent ``[E, T, C]``: episodes, steps, units.
@@ -83,35 +87,16 @@ def ridge_direction(
         >>> probe.direction.round(decimals=2).abs().tolist(), round(probe.r2, 3)
         ([0.0, 1.0, 0.0], 1.0)
     """
-    z, y, mask = _checked(z, y, ridge, mask, folds)
-    episodes = mask.any(-1).nonzero().squeeze(-1)
-    folds = min(folds, len(episodes))
-    error = spread = torch.zeros((), dtype=torch.float64)
-    for fold in range(folds):
-        out = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        out[episodes[fold::folds]] = True
-        weight, bias, _, centre = _solve(z[mask & ~out[:, None]], y[mask & ~out[:, None]], ridge)
-        seen, label = z[mask & out[:, None]], y[mask & out[:, None]]
-        error = error + (label - seen @ weight - bias).square().sum()
-        spread = spread + (label - centre).square().sum()
-    if not spread > 0:
-        raise BadValue("the label is constant", got="a label with one value", needed="a label that varies")
-    weight, bias, mean, _ = _solve(z[mask], y[mask], ridge)
-    return RidgeProbe(weight.float(), bias.float(), mean.float(), float(1.0 - error / spread), int(mask.sum()))
+    _check(z, y, mask)
+    counts = torch.ones_like(y, dtype=torch.bool) if mask is None else mask.bool()
+    td = TensorDict(z=z.detach(), y=y.detach(), mask=counts, batch_size=y.shape)
+    probe = LinearProbe("z", "y", ridge).fit(td, mask="mask")
+    scores = cross_validate(probe, td, folds=folds, groups=0, mask="mask")
+    weight, bias, mean = (value.float() for value in probe.of())
+    return RidgeProbe(weight, bias, mean, float(scores.score["z"]), scores.rows)
 
 
-def _solve(z: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, centre = z.mean(0), y.mean()
-    centred = z - mean
-    squares, axes = torch.linalg.eigh(centred.T @ centred)
-    squares = squares.clamp(min=0.0) + ridge
-    kept = squares > squares.amax() * len(squares) * torch.finfo(z.dtype).eps
-    scale = torch.where(kept, 1.0 / torch.where(kept, squares, 1.0), 0.0)
-    weight = axes @ (scale * (axes.T @ (centred.T @ (y - centre))))
-    return weight, centre - mean @ weight, mean, centre
-
-
-def _checked(z: Tensor, y: Tensor, ridge: float, mask: Tensor | None, folds: int) -> tuple[Tensor, Tensor, Tensor]:
+def _check(z: Tensor, y: Tensor, mask: Tensor | None) -> None:
     given: dict[str, object] = {"z": z, "y": y}
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -124,13 +109,3 @@ def _checked(z: Tensor, y: Tensor, ridge: float, mask: Tensor | None, folds: int
             needed="z [E, T, C], y [E, T] and mask [E, T]: episodes, steps, units",
             fix="one long episode is [1, T, C]; flatten several batch dims into E",
         )
-    mask = torch.ones(y.shape, dtype=torch.bool, device=y.device) if mask is None else mask.bool()
-    if not ridge >= 0.0 or folds < 2:
-        got = f"ridge={ridge}, folds={folds}"
-        raise BadValue("a setting is out of range", got=got, needed="ridge >= 0 and folds >= 2")
-    if (count := int(mask.any(-1).sum())) < 2:
-        raise BadValue("one episode can't be held out from itself", got=f"{count} with steps", needed="2 or more")
-    z, y = z.detach().double(), y.detach().double()
-    if not (bool(torch.isfinite(z[mask]).all()) and bool(torch.isfinite(y[mask]).all())):
-        raise BadValue("values that are not finite", got="NaN or infinity in z or y", fix="mask= leaves steps out")
-    return z, y, mask

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import RemoveDirection, check_td, dispatch_rows
 from tdconcepts.keys import NestedKey, as_key, check_writable, join, key_text
-from tdconcepts.representations import RidgeProbe, ridge_direction
+from tdconcepts.representations import LinearProbe, RidgeProbe, ridge_direction
 from tdconcepts.rl.returns import Returns, compare_returns
 from tdconcepts.rl.rollouts import MASK
 
@@ -180,11 +180,8 @@ class TemporalProbe(TensorDictModuleBase):
             out = torch.zeros(len(z), dtype=torch.bool, device=z.device)
             out[episodes[fold::folds]] = True
             seen = mask & ~out[:, None]
-            if len(episodes) - int(out.sum()) > 1:
-                predicted = ridge_direction(z, y, self.ridge, mask=seen, folds=2)(z[out])
-            else:  # one episode cannot be held out from itself: fit it twice, which is it once
-                twice = (z[~out].repeat(2, 1, 1), y[~out].repeat(2, 1), seen[~out].repeat(2, 1))
-                predicted = ridge_direction(*twice[:2], 2 * self.ridge, mask=twice[2], folds=2)(z[out])
+            rows = TensorDict(z=z, y=y, seen=seen, batch_size=y.shape)
+            predicted = LinearProbe("z", "y", self.ridge).fit(rows, mask="seen")(z[out])
             error[out] = (y[out] - predicted).double().square()
             spread[out] = (y[out].double() - y[seen].double().mean()).square()
         error, spread = error * mask, spread * mask
