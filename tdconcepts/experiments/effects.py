@@ -7,7 +7,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.experiments.patching import Split
 from tdconcepts.experiments.runs import (
     DONOR,
@@ -16,6 +16,7 @@ from tdconcepts.experiments.runs import (
     concrete,
     donors,
     entry_of,
+    input_of,
     measured,
     place_all,
     runs_of,
@@ -163,12 +164,7 @@ class AttributionPatching(TensorDictModuleBase):
         return many
 
     def _input(self, td: TensorDictBase, name: str) -> TensorDict:
-        found = TensorDict({}, batch_size=td.batch_size, device=td.device)
-        for key in self._read:
-            value = td.get(join(name, key))
-            if value is None:
-                raise BadKey(f"no entry {key_text(join(name, key))}", got=f"entries {list(td.keys(True, True))}")
-            found.set(key, value)
+        found = input_of(self.model, td, name)
         for key in self.target.in_keys:
             if key not in self._read:
                 found.set(key, td.get(key))

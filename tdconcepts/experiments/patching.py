@@ -21,6 +21,7 @@ from tdconcepts.experiments.runs import (
     concrete,
     donors,
     entry_of,
+    input_of,
     measured,
     place_all,
     runs_of,
@@ -150,13 +151,7 @@ class Patching(TensorDictModuleBase):
         return (y_n - y) / (y_donor - y)
 
     def _input(self, td: TensorDictBase, name: str) -> TensorDict:
-        found = TensorDict({}, batch_size=td.batch_size, device=td.device)
-        for key in map(as_key, self.model.in_keys):
-            source = key if self.noise is not None else as_key(join(name, key))
-            value = td.get(source)
-            if value is None:
-                raise BadKey(f"no entry {key_text(source)} to run on", got=f"entries {list(td.keys(True, True))}")
-            found.set(key, value)
+        found = input_of(self.model, td, name if self.noise is None else None)
         if self.noise is not None:
             value = td.get(self.noise[1])
             if value is None:

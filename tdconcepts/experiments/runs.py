@@ -12,9 +12,9 @@ from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.experiments.plans import Steps
 from tdconcepts.experiments.table import Where, each, where_text
 from tdconcepts.hooks import Hooked, Replace, Site, Target, capture, locate
-from tdconcepts.keys import NestedKey
+from tdconcepts.keys import NestedKey, as_key, join, key_text
 
-__all__ = ["called", "check_target", "concrete", "donors", "entry_of", "measured", "place_all", "runs_of"]
+__all__ = ["called", "check_target", "concrete", "donors", "entry_of", "input_of", "measured", "place_all", "runs_of"]
 
 DONOR, PATCHING = "activation of the donor", "patching"
 
@@ -48,6 +48,22 @@ def donors(
         else:
             found[site] = [out.get(site)]
     return found, out
+
+
+def input_of(model: TensorDictModuleBase, td: TensorDictBase, name: str | None = None) -> TensorDict:
+    """What the model reads: the entries below ``name``, or those of the TensorDict itself.
+
+    Raises:
+        BadKey: one of them is missing.
+    """
+    found = TensorDict({}, batch_size=td.batch_size, device=td.device)
+    for key in map(as_key, model.in_keys):
+        source = key if name is None else as_key(join(name, key))
+        value = td.get(source)
+        if value is None:
+            raise BadKey(f"no entry {key_text(source)} to run on", got=f"entries {list(td.keys(True, True))}")
+        found.set(key, value)
+    return found
 
 
 def runs_of(direction: str) -> tuple[str, str]:
