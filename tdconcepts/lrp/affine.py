@@ -15,7 +15,7 @@ from tdconcepts.hooks.flows import depends, operation_name, overwritable
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.parameters import check_names
 
-__all__ = ["Affine", "affine", "by_channel", "is_convolution", "is_linear", "magnitude", "positive_part"]
+__all__ = ["Affine", "affine", "by_channel", "is_convolution", "is_linear", "magnitude", "padded", "positive_part"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LINEAR = (nn.Linear,)
@@ -59,6 +59,15 @@ class Affine:
     push: Callable[..., Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
     single: tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
+
+    def one_row(self, x: Tensor) -> Tensor:
+        """``x``, as one row of a batch if it is one, where a number for all rows is wanted."""
+        return x[:1] if self.batched else x
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first dim of ``x`` runs over rows: torch takes a single one without that dim too."""
+        return self.x.ndim >= self.weight.ndim
 
     def above(self, bias: Tensor | None, least: float) -> Tensor | None:
         """``bias`` (or zero) plus a number: what keeps ``push`` above it where all contributions are positive."""
@@ -180,8 +189,15 @@ def _of_module(call: Call, m: Any) -> Affine:
         return _transposed(x, m.weight, m.bias, n, (m.stride, m.padding, tuple(extra), m.groups, m.dilation))
     padding = m.padding
     if m.padding_mode != "zeros":
-        x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), (0,) * n
+        x, padding = padded(m, x), (0,) * n
     return _convolution(x, m.weight, m.bias, n, (m.stride, padding, m.dilation, m.groups))
+
+
+def padded(layer: Any, x: Tensor) -> Tensor:
+    """``x`` as a layer convolves it: padded by itself, where the padding is not zero."""
+    if getattr(layer, "padding_mode", "zeros") == "zeros":
+        return x
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Affine:

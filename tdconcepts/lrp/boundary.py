@@ -12,7 +12,7 @@ from torch import Tensor
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks.flows import backward_by, untransformed
 from tdconcepts.hooks.rules import Call, Rule
-from tdconcepts.lrp.affine import Affine, affine, is_convolution, is_linear
+from tdconcepts.lrp.affine import Affine, affine, is_convolution, is_linear, padded
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, stabilized
 
 __all__ = ["FlatRule", "WSquareRule", "ZBoxRule", "nonzero"]
@@ -70,7 +70,7 @@ class FlatRule(Rule):
 
 def _flat(by: Stabilizing, view: Affine, share: Tensor, x: Tensor) -> Tensor:
     ones, gather = view.single[0](), view.single[1]
-    count = view.push(torch.ones_like(x[:1] if x.ndim > 1 else x), ones)
+    count = view.push(torch.ones_like(view.one_row(x)), ones)
     return view.pull(gather(share) / stabilized(count, by), ones, x)
 
 
@@ -129,9 +129,7 @@ class WSquareRule(Rule):
 
 def _wsquare(by: Stabilizing, view: Affine, share: Tensor, x: Tensor) -> Tensor:
     square = view.weight.square()
-    d = view.push(
-        torch.ones_like(x[:1] if x.ndim > 1 else x), square, None if view.bias is None else view.bias.square()
-    )
+    d = view.push(torch.ones_like(view.one_row(x)), square, None if view.bias is None else view.bias.square())
     return view.pull(share / stabilized(d, by), square, x)
 
 
@@ -177,7 +175,7 @@ class ZBoxRule(Rule):
     def carry(self, call: Call) -> Tensor:
         """A linear layer or a convolution."""
         view = affine(call, self, self.zero_params)
-        low, high = (_bound(bound, view.x, self, call) for bound in (self.low, self.high))
+        low, high = (padded(call.module, _bound(bound, call.inputs[0], self, call)) for bound in (self.low, self.high))
         return _ended(call, view.x, functools.partial(_zbox, self.epsilon, view, low, high))
 
 

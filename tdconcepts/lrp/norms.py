@@ -14,6 +14,8 @@ from tdconcepts.lrp.stabilizers import Stabilizing, stabilized
 
 __all__ = ["LayerNormRule", "RMSNormRule"]
 
+_INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerNormRule(Rule):
@@ -66,16 +68,19 @@ class LayerNormRule(Rule):
             weight = m.weight if m is not None else args.get("weight")
             eps = m.eps if m is not None else args.get("eps", 1e-5)
             return list(x.shape), 1 if isinstance(over, int) else len(over), weight, eps
+        lead: list[int] = [x.shape[0]]
         if isinstance(m, nn.GroupNorm) or call.name == "group_norm":
             groups = m.num_groups if m is not None else args.get("num_groups", args.get("second"))
             weight = m.weight if m is not None else args.get("weight")
             eps = m.eps if m is not None else args.get("eps", 1e-5)
-        elif isinstance(m, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)) and not m.track_running_stats:
-            groups, weight, eps = x.shape[1], m.weight, m.eps
+        elif isinstance(m, _INSTANCE) and not m.track_running_stats:
+            n = next(n for n, kind in enumerate(_INSTANCE, 1) if isinstance(m, kind))
+            lead = lead if x.ndim == n + 2 else []  # one row without a batch dim
+            groups, weight, eps = x.shape[len(lead)], m.weight, m.eps
         else:
             raise call.cannot(self, "it is no layer norm, group norm or instance norm", "RMSNormRule or EpsilonRule")
-        weight = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 2))
-        return [x.shape[0], groups, -1], 1, weight, eps
+        weight = None if weight is None else weight.reshape(-1, *[1] * (x.ndim - 1 - len(lead)))
+        return [*lead, groups, -1], 1, weight, eps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,13 +61,14 @@ def _rap(single: bool, view: Affine, flow: Tensor, x: Tensor) -> tuple[Tensor]:
         _half(view, flow, half, toward, away)
         for half, toward, away in ((x.clamp(min=0), plus, -minus), (x.clamp(max=0), -plus, minus))
     ]
-    total = _row_sums(flow, flow.ndim)
-    sizes = [_row_sums(half.abs(), half.ndim) for half in halves]
+    sums = functools.partial(_row_sums, view.batched)
+    total = sums(flow)
+    sizes = [sums(half.abs()) for half in halves]
     shifted = []
     for half, size in zip(halves, sizes, strict=True):
         wanted = total * _over(size, sizes[0] + sizes[1]) if single else total
         there = (half != 0).to(half.dtype)
-        shifted.append(half - there * _over(_row_sums(half, half.ndim) - wanted, _row_sums(there, half.ndim)))
+        shifted.append(half - there * _over(sums(half) - wanted, sums(there)))
     return (shifted[0] + shifted[1],)
 
 
@@ -81,9 +82,8 @@ def _half(view: Affine, flow: Tensor, half: Tensor, toward: Tensor, away: Tensor
     return half * (view.pull(_over(up, p), toward, half) + view.pull(against, away, half))
 
 
-def _row_sums(value: Tensor, ndim: int) -> Tensor:
-    dims = tuple(range(1, ndim))
-    return value.sum(dims).reshape(-1, *[1] * (ndim - 1)) if dims else value.sum()
+def _row_sums(batched: bool, value: Tensor) -> Tensor:
+    return value.sum(tuple(range(1, value.ndim)), keepdim=True) if batched and value.ndim > 1 else value.sum()
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:

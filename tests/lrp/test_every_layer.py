@@ -14,6 +14,7 @@ from tdconcepts.lrp import (
     FlatRule,
     GammaRule,
     NormRule,
+    RAPRule,
     Stabilizer,
     UniformEpsilonRule,
     WSquareRule,
@@ -145,3 +146,51 @@ def test_formula(name):
             with rule.on(layer, convention="gradient") as ruled:
                 (found,) = torch.autograd.grad(ruled(x), x, r / torch.where(z == 0, 1.0, z))
             close((found if rule.terminal else found * x).flatten(1), expected)
+
+
+PADDED = {
+    "circular": (functools.partial(nn.Conv1d, 2, 3, 3, padding=2, padding_mode="circular"), (2, 5)),
+    "reflect": (functools.partial(nn.Conv2d, 2, 3, (3, 2), (2, 1), padding=(1, 2), padding_mode="reflect"), (2, 4, 4)),
+    "replicate": (functools.partial(nn.Conv3d, 2, 2, 2, padding=1, padding_mode="replicate", groups=2), (2, 2, 3, 2)),
+    "same": (functools.partial(nn.Conv2d, 1, 2, (2, 3), padding="same", padding_mode="circular"), (1, 3, 4)),
+}
+ALL = {**{name: make for name, (make, _) in RULES.items()}, "rap": lambda by: RAPRule()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_row_without_a_batch_dim(name):
+    for make, shape in (*LAYERS.values(), *((make, (1, *shape)) for make, shape in PADDED.values())):
+        layer, x = make().double(), torch.randn(1, *shape[1:], dtype=torch.float64).requires_grad_()
+        rule, z = ALL[name](1e-6), layer(x).detach()
+        r = torch.randn_like(z)
+        for convention in rule.forms:
+            with rule.on(layer, convention=convention) as ruled:
+                (wanted,) = torch.autograd.grad(ruled(x), x, r)
+                (found,) = torch.autograd.grad(ruled(x[0]), x, r[0])
+            close(found, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "rap"])
+@pytest.mark.parametrize("mode", PADDED)
+def test_padding_that_is_not_zero(mode, name):
+    """The layer is a convolution of the padded input, whose relevance goes back to where the padding was taken from."""
+    make, shape = PADDED[mode]
+    layer, x = make().double(), torch.randn(2, *shape, dtype=torch.float64).requires_grad_()
+    inner = make(padding=0, padding_mode="zeros").double()
+    inner.load_state_dict(layer.state_dict())
+    pad = functools.partial(nn.functional.pad, pad=layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    rule = RULES[name][0](1e-6)
+    r = torch.randn_like(layer(x))
+    for convention in rule.forms:
+        with rule.on(inner, convention=convention) as ruled:
+            (wanted,) = torch.autograd.grad(ruled(pad(x)), x, r)
+        with rule.on(layer, convention=convention) as ruled:
+            close(torch.autograd.grad(ruled(x), x, r)[0], wanted)
+
+
+def test_bounds_in_the_shape_of_an_input_that_is_padded():
+    layer, x = PADDED["circular"][0]().double(), torch.randn(2, 2, 5, dtype=torch.float64).requires_grad_()
+    low, high = -3 - torch.rand(2, 5, dtype=torch.float64), 3 + torch.rand(2, 5, dtype=torch.float64)
+    with ZBoxRule(low, high).on(layer, convention="relevance") as ruled:
+        (found,) = torch.autograd.grad(ruled(x), x, torch.ones(2, 3, 7, dtype=torch.float64))
+    assert found.sum((1, 2)).allclose(torch.tensor(21.0, dtype=torch.float64), atol=1e-4)

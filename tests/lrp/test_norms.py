@@ -51,6 +51,15 @@ def test_formula(name):
     close(relevance(LayerNormRule(), layer, [x], r)[0], x * wanted)
 
 
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_a_row_of_an_instance_norm(convention):
+    layer = nn.InstanceNorm2d(3, affine=True).double()
+    nn.init.normal_(layer.weight)
+    x, r = torch.randn(1, 3, 4, 2, dtype=torch.float64), torch.randn(1, 3, 4, 2, dtype=torch.float64)
+    wanted = relevance(LayerNormRule(), layer, [x], r, convention)[0][0]
+    close(relevance(LayerNormRule(), layer, [x[0]], r[0], convention)[0], wanted)
+
+
 def test_group_norm():
     layer = nn.GroupNorm(2, 4).double()
     x, r = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
