@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias, Unpack, cast
 
 from tensordict import TensorDict, TensorDictBase
@@ -98,9 +98,9 @@ class InterventionPipeline(TensorDictSequential):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stages: in one go where all are ours, nothing hangs on them, and nothing special is asked for."""
         if len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
-            stages = tuple(self.module._modules.values())
-            if not (self._select_before_return or self.inplace is not None or skip_existing()) and _is_ours(stages):
-                return _in_one_go(args[0], *stages)
+            stages = cast(Any, self._modules["module"])._modules.values()
+            if self.inplace is None and not skip_existing() and _is_ours(stages):
+                return _in_one_go(args[0], self.out_keys if self._select_before_return else None, *stages)
         return super().forward(*args, **kwargs)
 
     def select_subsequence(
@@ -110,7 +110,7 @@ class InterventionPipeline(TensorDictSequential):
         return TensorDictSequential(OrderedDict(self.module.items())).select_subsequence(in_keys, out_keys)
 
 
-def _is_ours(stages: tuple[Any, ...]) -> bool:
+def _is_ours(stages: Collection[Any]) -> bool:
     """Whether the stages are four of this package, with nothing on them that a run in one go would pass by."""
     if len(stages) != len(_KINDS):
         return False
@@ -124,13 +124,18 @@ _KINDS: tuple[Any, ...] = (ConceptStage, ConceptStage, SelectStage, ReplaceStage
 
 
 def _in_one_go(
-    tensordict: TensorDictBase, value: ConceptStage, score: ConceptStage, select: SelectStage, replace: ReplaceStage
+    tensordict: TensorDictBase,
+    selected: Collection[NestedKey] | None,
+    value: ConceptStage,
+    score: ConceptStage,
+    select: SelectStage,
+    replace: ReplaceStage,
 ) -> TensorDictBase:
     """What the four stages do one after the other: the same entries, without the way in and out of each stage."""
     at, mask_key, value_key, before_key, score_key = replace.keys
     concepts = read_block(tensordict, at)
     check_unlocked(tensordict, at)
-    plain = concepts.detach()
+    plain = concepts.detach() if concepts.requires_grad else concepts
     new, known = value.known(plain, tensordict)
     if score.fixed and select.is_exact and known is None:  # one row says it for all
         ranks = score.compute(plain.new_zeros(plain.shape[-1:]), tensordict)
@@ -142,15 +147,26 @@ def _in_one_go(
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
         mask = select.mask(ranks, select.read(tensordict), known)
-    result = replace.replaced(concepts, mask, new, ranks)
+    every = known is None and select.is_everything(plain.shape[-1])
+    result = replace.replaced(concepts, mask, new, ranks, every)
+    found = zip((value_key, score_key, mask_key, before_key), (new, ranks, mask, concepts), strict=True)
     present = tensordict.keys()
     if value_key[0] not in present:  # one group at once costs half of four entries in it
-        group = {"value": new, "score": ranks, "mask": mask, "before": concepts}
-        device = {} if tensordict.device is None else {"device": tensordict.device}
-        tensordict.set(value_key[:-1], TensorDict(group, tensordict.batch_size, **device))
+        group = {key[-1]: entry for key, entry in found if selected is None or key in selected}
+        if group:
+            tensordict.set(value_key[:-1], _grouped(group, tensordict))
     else:
-        tensordict.set(value_key, new).set(score_key, ranks).set(mask_key, mask).set(before_key, concepts)
+        for key, entry in found:
+            if selected is None or key in selected or tensordict.get(key, None) is not None:
+                tensordict.set(key, entry)
     return tensordict.set(at, result)
+
+
+def _grouped(group: dict[str, Any], like: TensorDictBase) -> TensorDict:
+    """A TensorDict of entries whose shapes are known to fit; on a device of its own it moves them there."""
+    if like.device is None:
+        return TensorDict._new_unsafe(source=group, batch_size=like.batch_size)
+    return TensorDict(group, like.batch_size, device=like.device)
 
 
 def _bound(step: Any, name: str, splice: Splice) -> TensorDictModuleBase:

@@ -132,6 +132,10 @@ class SelectStage(TensorDictModuleBase):
         """Whether nothing is replaced at all, for want of training mode."""
         return self.only_training and not self.training
 
+    def is_everything(self, columns: int) -> bool:
+        """Whether all of so many columns are replaced in every row, whatever their scores."""
+        return self._is_plain and self._number(columns) == columns
+
     @property
     def is_random(self) -> bool:
         """Whether concepts are drawn, whatever their score."""

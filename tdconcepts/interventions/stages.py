@@ -168,8 +168,10 @@ class ReplaceStage(TensorDictModuleBase):
         """What the entry holds, ``"probs"`` or ``"logits"``, where it is known."""
         return self.concepts.space
 
-    def replaced(self, concepts: Tensor, mask: Tensor, value: Tensor, score: Tensor | None = None) -> Tensor:
-        """``concepts [*B, C]`` with the values where the mask is True."""
+    def replaced(
+        self, concepts: Tensor, mask: Tensor, value: Tensor, score: Tensor | None = None, every: bool = False
+    ) -> Tensor:
+        """``concepts [*B, C]`` with the values where the mask is True; ``every``: it is known to be True everywhere."""
         if mask.dtype is not torch.bool:
             got = f"{key_text(self.keys[1])} of {mask.dtype}"
             raise BadType("a mask is bool", got=got, needed="True where to replace")
@@ -180,6 +182,8 @@ class ReplaceStage(TensorDictModuleBase):
                 needed=f"{list(concepts.shape)}, as {key_text(self.keys[0])}",
             )
         new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)
+        if every and self.temperature is None and not (concepts.requires_grad and torch.is_grad_enabled()):
+            return new.clone(memory_format=torch.contiguous_format)  # takes a sixth of the time of a choice
         if self.straight_through:
             finite = concepts.nan_to_num(0.0, 0.0, 0.0)
             new = new + (finite - finite.detach())

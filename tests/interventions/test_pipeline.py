@@ -97,6 +97,37 @@ def test_in_one_go_is_one_by_one(policy, strategy, batch):
                 assert fused[key].requires_grad == stages[key].requires_grad
 
 
+@pytest.mark.parametrize("keys", [["concepts"], [ENTRIES[2]], ["concepts", ENTRIES[0], ENTRIES[3]]])
+@pytest.mark.parametrize("there", [False, True])
+def test_selected_keys_in_one_go(keys, there):
+    pipeline = InterventionPipeline(UncertaintyPolicy(), GroundTruth("labels"), k=2).select_out_keys(*keys)
+    td, expected = data(4), data(4)
+    for one in (td, expected) if there else ():
+        one["intervention", "mask"] = torch.ones(4, 5, dtype=torch.bool)
+    found = pipeline(td)
+    assert found is td
+    has = {*expected.keys(True, True), *keys}  # the concepts are written in any case, as tensordict does it
+    one_by_one(pipeline, expected)
+    assert set(td.keys(True, True)) == has
+    for key in td.keys(True, True):
+        assert torch.equal(td[key].nan_to_num(9.0), expected[key].nan_to_num(9.0)), key
+
+
+@pytest.mark.parametrize("strategy", ["do", "truth", "draw"])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_where_all_are_replaced_nothing_shares_memory(strategy, batch):
+    td = data(*batch)
+    before = td.clone()
+    InterventionPipeline(UncertaintyPolicy(), STRATEGIES[strategy]())(td)
+    assert td["intervention", "mask"].all()
+    value = td["intervention", "value"].clone()
+    assert torch.equal(td["concepts"], value)
+    td["concepts"].fill_(7.0)
+    assert torch.equal(td["intervention", "value"], value)
+    assert torch.equal(td["intervention", "before"], before["concepts"])
+    assert torch.equal(td["truth"], before["truth"])
+
+
 def test_it_does_run_in_one_go_and_not_where_something_hangs_on_a_stage():
     calls = []
     pipeline = InterventionPipeline(UncertaintyPolicy(), Do(1.0), k=1)

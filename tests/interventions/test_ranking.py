@@ -109,6 +109,15 @@ def test_ties_go_by_index_in_long_rows_too():
     assert torch.equal(affordable_mask(score, allowed, costs, torch.full((20,), 50.0)), expected)
 
 
+@pytest.mark.parametrize("columns", [4, 40])
+def test_a_row_that_is_short_by_a_nan_and_one_that_is_long_by_a_tie_do_not_make_up_for_each_other(columns):
+    score = torch.zeros(2, columns)
+    score[0, :3] = torch.tensor([math.nan, 5.0, 4.0])  # without a care for NaN: one reached instead of two
+    score[1, :3] = 5.0  # three reached instead of two
+    found = top_mask(score, 2)
+    assert found.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
+
+
 def test_a_budget_of_tenths_buys_as_many_tenths():
     """0.3 - 0.1 - 0.1 is below 0.1 in floating point."""
     score = torch.arange(5.0)
