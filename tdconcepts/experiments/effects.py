@@ -8,7 +8,7 @@ from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.experiments.patching import Split
+from tdconcepts.experiments.patching import Split, check_split
 from tdconcepts.experiments.runs import (
     DONOR,
     PATCHING,
@@ -50,7 +50,10 @@ class AblationEffects(TensorDictModuleBase):
         self.model, self.target, self.generator = check_module(model, "model"), target, generator
         check_target(model, target)
         self.sites = concrete(model, sites)
-        self.resample = generator is not None
+        self.resample = isinstance(generator, torch.Generator)
+        if not self.resample and generator is not None:
+            raise BadType("not a generator", got=repr(generator), needed="a torch.Generator")
+        check_split(split)
         parts = [split(site, Replace(entry_of(DONOR, site)) if self.resample else edit) for site in self.sites]
         experiments = parts[0]
         for part in parts[1:]:

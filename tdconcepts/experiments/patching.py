@@ -12,11 +12,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
 
-from tdconcepts.errors import BadKey
+from tdconcepts.errors import BadKey, BadType
 from tdconcepts.experiments.runs import (
     DONOR,
     PATCHING,
-    called,
     check_target,
     concrete,
     donors,
@@ -31,6 +30,7 @@ from tdconcepts.experiments.table import Experiments, Where, each, every, produc
 from tdconcepts.hooks import (
     Add,
     Replace,
+    Site,
     Target,
     check_module,
     check_td,
@@ -40,7 +40,7 @@ from tdconcepts.hooks import (
 from tdconcepts.hooks.programs import EditLike
 from tdconcepts.keys import SWEEP, NestedKey, as_key, join, key_text
 
-__all__ = ["Patching", "Split", "activation_patching", "causal_trace"]
+__all__ = ["Patching", "Split", "activation_patching", "called", "causal_trace", "check_split"]
 
 Split: TypeAlias = Callable[[Any, EditLike], Experiments]
 
@@ -75,6 +75,7 @@ class Patching(TensorDictModuleBase):
         self.model = check_module(model, "model")
         self.target, self.split, self.noise, self.chunk_size = target, split, noise, chunk_size
         self._runs = runs
+        check_split(split)
         self.sites = concrete(model, sites)
         if target is not None:
             check_target(model, target)
@@ -177,6 +178,12 @@ class Patching(TensorDictModuleBase):
     def _written(self) -> list[NestedKey]:
         keys: list[NestedKey] = [as_key(join(SWEEP, key)) for key in self._outputs]
         return [*keys, self._effect] if self._effect else keys
+
+
+def check_split(split: object) -> None:
+    """Raise for what makes no experiments of a site and an edit."""
+    if not callable(split):
+        raise BadType("not a way to split sites", got=repr(split), needed="each, every, functools.partial(every, ...)")
 
 
 def activation_patching(
@@ -282,3 +289,10 @@ class _Positions:
 
     def __call__(self, where: Where, edit: EditLike) -> Experiments:
         return every(where, edit, self.positions, dim=-2)
+
+
+def called(site: Where, call: int, m: int) -> Where:
+    """The site at one of its ``m`` calls."""
+    if not isinstance(site, Site) or isinstance(site.call, int):
+        return site
+    return Site(site.path, site.side, site.index, None if m == 1 else call, site.leaf)

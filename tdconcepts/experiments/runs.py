@@ -14,7 +14,7 @@ from tdconcepts.experiments.table import Where, each, where_text
 from tdconcepts.hooks import Hooked, Replace, Site, Target, capture, locate
 from tdconcepts.keys import NestedKey, as_key, join, key_text
 
-__all__ = ["called", "check_target", "concrete", "donors", "entry_of", "input_of", "measured", "place_all", "runs_of"]
+__all__ = ["check_target", "concrete", "donors", "entry_of", "input_of", "measured", "place_all", "runs_of"]
 
 DONOR, PATCHING = "activation of the donor", "patching"
 
@@ -98,13 +98,6 @@ def measured(
 
 def _every_call(site: Site) -> Site:
     return site if site.call is not None else Site(site.path, site.side, site.index, "all", site.leaf)
-
-
-def called(site: Where, call: int, m: int) -> Where:
-    """The site at one of its ``m`` calls."""
-    if not isinstance(site, Site) or isinstance(site.call, int):
-        return site
-    return Site(site.path, site.side, site.index, None if m == 1 else call, site.leaf)
 
 
 def entry_of(group: str, site: Where, call: int = 0, m: int = 1) -> NestedKey:

@@ -159,6 +159,10 @@ def test_errors():
     model, _, _, td = two_runs(mlp)
     with pytest.raises(BadValue, match="one value"):
         ablation_effects(model, Site("1"), TARGET, Ablate(), resample=torch.Generator())
+    with pytest.raises(BadType, match="not a way to split"):
+        ablation_effects(model, Site("1"), TARGET, split=None)
+    with pytest.raises(BadType, match="not a generator"):
+        ablation_effects(model, Site("1"), TARGET, resample=3)
     with pytest.raises(BadType, match="not a Target"):
         ablation_effects(model, Site("1"), None)
     with pytest.raises(BadValue, match="direction"):

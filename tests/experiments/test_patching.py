@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModule
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.experiments import activation_patching, causal_trace, every
+from tdconcepts.experiments.patching import called
 from tdconcepts.hooks import Replace, Site, Target, capture, patch
 
 TARGET = Target("y", 0)
@@ -187,6 +188,8 @@ def test_errors():
     model, _, _, td = two_runs(mlp)
     with pytest.raises(BadValue, match="direction"):
         activation_patching(model, Site("0"), TARGET, direction="up")
+    with pytest.raises(BadType, match="not a way to split"):
+        activation_patching(model, Site("0"), TARGET, split="every")
     with pytest.raises(BadType, match="not a Target"):
         activation_patching(model, Site("0"), "y")
     with pytest.raises(BadKey, match="target"):
@@ -197,3 +200,11 @@ def test_errors():
         activation_patching(model, Site("0"), TARGET)(td.select("clean"))
     with pytest.raises(BadKey, match="noise"):
         causal_trace(model, Site("0"), TARGET, at="x")(td["clean"])
+
+
+def test_called():
+    assert called(Site("0"), 0, 1) == Site("0")
+    assert called(Site("0"), 1, 2) == Site("0", call=1)
+    assert called(Site("0", call="all"), 0, 1) == Site("0")
+    assert called(Site("0", call=3), 0, 1) == Site("0", call=3)
+    assert called("x", 0, 1) == "x"

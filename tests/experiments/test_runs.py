@@ -3,15 +3,16 @@
 import pytest
 import torch
 from experiments.models import data, mlp, residual
+from tensordict import TensorDict
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.experiments.runs import (
     DONOR,
-    called,
     check_target,
     concrete,
     donors,
     entry_of,
+    input_of,
     measured,
     place_all,
     runs_of,
@@ -38,12 +39,14 @@ def test_place_all_and_where_it_lies():
         place_all(td, DONOR, {Site("1"): [one, two]}, once=True)
 
 
-def test_called():
-    assert called(Site("0"), 0, 1) == Site("0")
-    assert called(Site("0"), 1, 2) == Site("0", call=1)
-    assert called(Site("0", call="all"), 0, 1) == Site("0")
-    assert called(Site("0", call=3), 0, 1) == Site("0", call=3)
-    assert called("x", 0, 1) == "x"
+def test_input_of():
+    model, td = mlp(3)
+    both = TensorDict(clean=td, y=torch.zeros(3), batch_size=[3])
+    for found in (input_of(model, both, "clean"), input_of(model, td)):
+        assert list(found.keys()) == ["x"]
+        assert found["x"] is td["x"]
+    with pytest.raises(BadKey, match=r"no entry \('corrupt', 'x'\)"):
+        input_of(model, both, "corrupt")
 
 
 def test_runs_of():
