@@ -129,8 +129,8 @@ def ppo_cartpole(
 
 def batches_in(frames: int, batch: int) -> int:
     """How many batches a budget has; one at least."""
-    if frames < batch:
-        raise BadValue("the training budget is below one batch", got=f"{frames} frames", needed=f"at least {batch}")
+    if type(frames) is not int or frames < batch:
+        raise BadValue("the training budget is below one batch", got=f"{frames!r} frames", needed=f"at least {batch}")
     return frames // batch
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.keys import NestedKey, as_key, join, key_text
-from tdconcepts.rl.episodes import Policy, done_key, interaction, seeded_reset
+from tdconcepts.rl.episodes import Policy, check_env, done_key, interaction, seeded_reset
 
 __all__ = ["Restore", "counterfactual", "restore_state"]
 
@@ -258,6 +258,7 @@ def _padded(branches: Any, length: int) -> TensorDictBase:
 
 
 def _checked(episode: TensorDictBase, env: Any) -> int:
+    check_env(env)
     if not isinstance(episode, TensorDictBase) or episode.ndim != 1:
         got = f"batch_size {list(episode.batch_size)}" if isinstance(episode, TensorDictBase) else repr(type(episode))
         raise BadType("one logged episode is a TensorDict of batch [T]", got=got, fix="rollout[0]")

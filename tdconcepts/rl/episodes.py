@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import InteractionType, set_interaction_type
-from torch import Tensor
+from tensordict.nn import InteractionType, TensorDictModuleBase, set_interaction_type
+from torch import Tensor, nn
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.keys import NestedKey, join
 
-__all__ = ["Policy", "Visited", "done_key", "episode_returns", "interaction", "run_episodes", "seeded_reset"]
+__all__ = [
+    "Policy",
+    "Visited",
+    "check_env",
+    "check_run",
+    "done_key",
+    "episode_returns",
+    "run_episodes",
+    "seeded_reset",
+]
 
 Policy: TypeAlias = Callable[[TensorDictBase], TensorDictBase]
 
@@ -56,6 +66,7 @@ def episode_returns(
 
     Raises:
         BadValue: a reward or a done flag that is not one number for each environment, ``max_steps < 1``, no seeds.
+        BadType: what is no environment, no policy, or no list of seeds.
 
     Examples:
         >>> from tdconcepts import rl
@@ -79,20 +90,48 @@ def run_episodes(
 
     Default: no steps are kept.
     """
-    if not hasattr(env, "step_and_maybe_reset"):
-        raise BadType("not an environment", got=type(env).__name__, needed="one of torchrl", fix="rl.cartpole_env(16)")
+    seeds = check_run(env, policy, seeds)
     if max_steps < 1 or not len(seeds):
         raise BadValue(
             "no episode to run", got=f"{len(seeds)} seeds, max_steps={max_steps}", needed="at least one each"
         )
     width, seen, parts = max(1, env.batch_size.numel()), Visited(), []
     for start in range(0, len(seeds), width):
-        part = [int(seed) for seed in seeds[start : start + width]]
+        part = seeds[start : start + width]
         padded = part + part[-1:] * (width - len(part))
         with torch.no_grad(), interaction(greedy), torch.random.fork_rng(devices=[]):
             torch.manual_seed(padded[0])
             parts.append(_together(env, policy, padded, max_steps, without, seen)[: len(part)])
     return torch.cat(parts), seen
+
+
+def check_run(env: object, policy: Any, seeds: Any = ()) -> list[int]:
+    """The seeds as a list, where all of these can be run.
+
+    Raises:
+        BadType: no environment, no policy, or no seeds.
+    """
+    check_env(env)
+    bare = isinstance(policy, nn.Module) and type(policy).__module__.startswith("torch.nn.")
+    if not callable(policy) or (bare and not any(isinstance(m, TensorDictModuleBase) for m in policy.modules())):
+        raise BadType(
+            "not a policy",
+            got=type(policy).__name__,
+            needed="a TensorDictModule, or a callable on TensorDicts, that writes the action",
+            fix='TensorDictModule(net, in_keys=["observation"], out_keys=["action"])' if bare else None,
+        )
+    given = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    listed = isinstance(given, Iterable) and all(isinstance(seed, Integral) for seed in given)
+    if not listed or any(seed < 0 for seed in given):
+        fix = f"range({seeds})" if isinstance(seeds, int) else None
+        raise BadType("not seeds", got=repr(seeds), needed="ints, 0 or more", fix=fix)
+    return [int(seed) for seed in given]
+
+
+def check_env(env: object) -> None:
+    """Raise for what is no environment."""
+    if not hasattr(env, "step_and_maybe_reset"):
+        raise BadType("not an environment", got=type(env).__name__, needed="one of torchrl", fix="rl.cartpole_env(16)")
 
 
 def interaction(greedy: bool) -> set_interaction_type:

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks import Pullback, Target, check_module
+from tdconcepts.hooks import Pullback, Target, check_module, check_td
 from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, join, key_text
 from tdconcepts.metrics.randomisation import spearman
 
@@ -134,6 +134,7 @@ def factor_test(
         (tensor([1., 0.]), tensor([ True, False]))
     """
     check_module(policy, "the policy")
+    check_td(states)
     score = as_key(join(ATTRIBUTION, as_key(wrt)))
     if score not in check_module(explainer, "the explainer").out_keys:
         got = f"out_keys {list(explainer.out_keys)}"
@@ -151,6 +152,8 @@ def factor_test(
             got = getattr(changed, "batch_size", type(changed).__name__)
             raise BadValue(f"the change of {name!r} gives other states", got=got, needed=f"{list(states.batch_size)}")
         place = factor.place
+        if not isinstance(place, Tensor):
+            raise BadType(f"the place of {name!r} is no tensor", got=type(place).__name__, needed="truth values")
         if place.dtype != torch.bool or place.shape not in (share.shape, share.shape[states.batch_dims :]):
             needed = f"truth values of shape {list(share.shape[states.batch_dims :])} or {list(share.shape)}"
             raise BadValue(f"the place of {name!r} does not fit", got=f"shape {list(place.shape)}", needed=needed)

@@ -16,7 +16,7 @@ from tdconcepts.hooks import check_module
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, join, key_text
 from tdconcepts.metrics.faithfulness import ranked
-from tdconcepts.rl.episodes import run_episodes
+from tdconcepts.rl.episodes import check_run, run_episodes
 from tdconcepts.rl.returns import student_t
 
 __all__ = ["Partial", "ReturnCurves", "return_curves"]
@@ -196,6 +196,7 @@ def return_curves(
         raise BadValue("not a mode", got=repr(mode), needed='"deletion" or "insertion"')
     if not orders or any(order not in ORDERS for order in orders):
         raise BadValue("not an order", got=f"orders={list(orders)}", needed=f"some of {ORDERS}")
+    seeds = check_run(env, policy, seeds)
     count = _features(env, wrt)
     numbers = list(range(count + 1)) if count <= 16 else torch.linspace(0, count, 9).round().int().tolist()
     numbers = numbers if features is None else list(features)

@@ -144,8 +144,9 @@ def highlights(
     """
     if type(k) is not int or k < 1 or type(context) is not int or context < 0:
         raise BadValue("no highlights", got=f"k={k!r}, context={context!r}", needed="k >= 1, context >= 0")
-    if not rollout.batch_dims:
-        raise BadValue("a rollout has batch dims, the last of them time", got="batch_size []")
+    if not isinstance(rollout, TensorDictBase) or not rollout.batch_dims:
+        got = "batch_size []" if isinstance(rollout, TensorDictBase) else type(rollout).__name__
+        raise BadValue("a rollout is a TensorDict with batch dims, the last of them time", got=got)
     scores = _entry(rollout, importance).detach().double().cpu()
     if scores.shape != rollout.batch_size:
         raise BadValue(f"the importance {key_text(importance)}", got=f"shape {list(scores.shape)}", needed="[*B, T]")

@@ -13,6 +13,7 @@ from tdconcepts.errors import BadKey, BadType, import_extra
 from tdconcepts.hooks import Edit
 from tdconcepts.hooks.programs import EditLike, checked_edit
 from tdconcepts.keys import NestedKey, as_key, key_text
+from tdconcepts.rl.episodes import check_env
 
 __all__ = ["edit_observation"]
 
@@ -34,7 +35,7 @@ def edit_observation(env: Any, key: NestedKey, edit: EditLike) -> Any:
         A ``TransformedEnv``; it pickles if the edit does.
 
     Raises:
-        BadKey: the environment has no such observation. BadType: for what is no edit.
+        BadKey: the environment has no such observation. BadType: for what is no environment, or no edit.
         MissingExtra: torchrl is not installed.
 
     Examples:
@@ -49,6 +50,7 @@ def edit_observation(env: Any, key: NestedKey, edit: EditLike) -> Any:
         )
     envs = import_extra("torchrl.envs", "rl")
     key = as_key(key)
+    check_env(env)
     known = list(env.observation_spec.keys(True, True))
     if key not in known:
         raise BadKey(f"the environment has no observation {key_text(key)}", got=f"{known}", needed="one of them")

@@ -168,6 +168,8 @@ def compare_returns(
         >>> result.names, result.episodes.batch_size
         (('unpatched', 'without 3'), torch.Size([2, 4]))
     """
+    if not isinstance(variants, Mapping):
+        raise BadType("not variants by name", got=type(variants).__name__, needed="a mapping name -> variant")
     if BASELINE in variants:
         raise BadValue(f"a variant is named {BASELINE!r}", needed="another name: this one is the baseline's")
     if not 0.0 < confidence < 1.0:

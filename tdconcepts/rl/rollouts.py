@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import join
-from tdconcepts.rl.episodes import Policy, done_key, interaction, seeded_reset
+from tdconcepts.rl.episodes import Policy, check_run, done_key, interaction, seeded_reset
 
 __all__ = ["EXPLANATION", "MASK", "rollout_episodes"]
 
@@ -35,7 +35,8 @@ def rollout_episodes(
         greedy: act deterministically (the default), or sample.
 
     Raises:
-        BadValue: another number of seeds than of slots, ``max_steps < 1``.
+        BadValue: another number of seeds than of slots, ``max_steps < 1``. BadType: what is no environment, no policy,
+            or no list of seeds.
 
     Examples:
         >>> from tensordict.nn import TensorDictModule
@@ -45,12 +46,13 @@ def rollout_episodes(
         >>> rollout.batch_size == rollout["collector", "mask"].shape
         True
     """
+    given = check_run(env, policy, () if seeds is None else seeds)
     width = max(1, env.batch_size.numel())
-    if max_steps < 1 or (seeds is not None and len(seeds) != width):
-        got = f"max_steps={max_steps}" + ("" if seeds is None else f", {len(seeds)} seeds")
+    if max_steps < 1 or (seeds is not None and len(given) != width):
+        got = f"max_steps={max_steps}" + ("" if seeds is None else f", {len(given)} seeds")
         raise BadValue("these episodes can't be run", got=got, needed=f"at least one step, {width} seeds or None")
     with torch.no_grad(), interaction(greedy):
-        start = env.reset() if seeds is None else seeded_reset(env, [int(seed) for seed in seeds])
+        start = env.reset() if seeds is None else seeded_reset(env, given)
         rollout = env.rollout(max_steps, policy, auto_reset=False, tensordict=start, break_when_any_done=False)
     done = rollout.get(join("next", done_key(env))).reshape(rollout.batch_size)
     mask = done.cumsum(-1) - done.long() == 0

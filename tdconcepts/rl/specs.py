@@ -22,7 +22,7 @@ def concepts_composite(concepts: ConceptSpec, shape: Iterable[int] = ()) -> Any:
         shape: the batch, such as an environment's ``batch_size``.
 
     Raises:
-        MissingExtra: without torchrl.
+        BadType: for anything else. MissingExtra: without torchrl.
 
     Examples:
         >>> from tdconcepts import rl
@@ -30,6 +30,8 @@ def concepts_composite(concepts: ConceptSpec, shape: Iterable[int] = ()) -> Any:
         torch.Size([2, 3])
     """
     data = import_extra("torchrl.data", "rl")
+    if not isinstance(concepts, ConceptSpec):
+        raise BadType("not concepts", got=type(concepts).__name__, needed="a ConceptSpec")
     batch, leaves = tuple(shape), {}
     for name, kind, n in zip(concepts.names, concepts.kinds, concepts.cardinalities, strict=True):
         if kind == "binary":

@@ -95,6 +95,8 @@ class TemporalProbe(TensorDictModuleBase):
         at, counts = episodes_of(rollout)
         z = _entry(rollout, self.key).detach()
         y = self.label(rollout) if callable(self.label) else _entry(rollout, self.label)
+        if not isinstance(y, Tensor):
+            raise BadType("the label is no tensor", got=type(y).__name__, needed="a number for each step")
         y = y.squeeze(-1) if y.shape == (*rollout.batch_size, 1) else y
         if y.shape != rollout.batch_size or z.ndim != rollout.ndim + 1:
             raise BadValue(

@@ -104,8 +104,8 @@ def gym_envs(name: str, num_envs: int, seed: int | None = None, **kwargs: Any) -
         >>> rl.gym_envs("Pendulum-v1", 2, seed=0).batch_size
         torch.Size([2])
     """
-    if num_envs < 1:
-        raise BadValue("no environments", got=num_envs, needed="num_envs >= 1")
+    if type(num_envs) is not int or num_envs < 1 or not isinstance(name, str):
+        raise BadValue("no environments", got=f"{name!r}, {num_envs!r}", needed="a name, and num_envs >= 1")
     if seed is not None:
         check_seed(seed)
     gymnasium, vector = import_extra("gymnasium", "rl"), import_extra("gymnasium.vector", "rl")

@@ -120,10 +120,12 @@ def test_refusals():
     assert counterfactual(summed, episode, 10, [0], LEAN, max_steps=3)["length"][0] == 3
 
     class Nothing:
-        batch_size, action_key = torch.Size([]), "action"
+        batch_size, action_key, step_and_maybe_reset = torch.Size([]), "action", None
 
     with pytest.raises(BadValue, match="can't be restored"):
         restore_state(Nothing(), episode, 1)
+    with pytest.raises(BadType, match="not an environment"):
+        counterfactual(None, episode, 1, [0], LEAN)
 
 
 def test_bad_input():

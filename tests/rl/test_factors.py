@@ -68,6 +68,10 @@ def test_bad_input():
         factor_test(policy(), explain, td, {})
     with pytest.raises(BadType, match="the factor 'x' is none"):
         factor_test(policy(), explain, td, {"x": minus(0)})
+    with pytest.raises(BadType, match="the place of 'x' is no tensor"):
+        factor_test(policy(), explain, td, {"x": Factor(minus(0), [True] * 3)})
+    with pytest.raises(BadType, match="not a TensorDict"):
+        factor_test(policy(), explain, None, FACTORS)
     with pytest.raises(BadValue, match="gives other states"):
         factor_test(policy(), explain, td, {"x": Factor(lambda t: t[0], torch.ones(3).bool())})
     with pytest.raises(BadValue, match="does not fit"):

@@ -80,6 +80,8 @@ def test_bad_input():
         return_curves(Sum(), total(), explain(), [0], orders=["best"])
     with pytest.raises(BadValue, match="not a number of features"):
         return_curves(Sum(), total(), explain(), [0], features=[4])
+    with pytest.raises(BadType, match="not an environment"):
+        return_curves(None, total(), explain(), [0])
     with pytest.raises(BadType, match="no floating-point entry"):
         return_curves(Sum(), total(), explain(), [0], wrt="pixels")
     with pytest.raises(BadKey, match="does not explain"):

@@ -74,3 +74,5 @@ def test_bad_input():
         StateImportance("x")(rollout())
     with pytest.raises(BadValue, match="the last of them time"):
         highlights(rollout()[0, 0])
+    with pytest.raises(BadValue, match="NoneType"):
+        highlights(None)

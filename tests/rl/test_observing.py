@@ -61,6 +61,8 @@ def test_errors():
     env = cartpole_env(1)
     with pytest.raises(BadKey, match="no observation"):
         edit_observation(env, "pixels", Ablate())
+    with pytest.raises(BadType, match="not an environment"):
+        edit_observation(None, "observation", Ablate())
     with pytest.raises(BadType, match="not an edit"):
         edit_observation(env, "observation", 3)
     with pytest.raises(AttributeError):

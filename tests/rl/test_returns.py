@@ -242,6 +242,14 @@ def test_bad_input():
     env, actor = Echo(), policy()
     with pytest.raises(BadType, match="not an environment"):
         compare_returns(None, actor, {}, seeds=[1])
+    with pytest.raises(BadType, match="not variants by name"):
+        compare_returns(env, actor, [actor], seeds=[1])
+    for plain in (torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.Linear(1, 1))):
+        with pytest.raises(BadType, match="TensorDictModule"):
+            compare_returns(env, plain, {}, seeds=[1])
+    for seeds in (3, [0.5], [-1], "a", None):
+        with pytest.raises(BadType, match="not seeds"):
+            compare_returns(env, actor, {}, seeds=seeds)
     with pytest.raises(BadType, match="the variant 'three' is no policy"):
         compare_returns(env, actor, {"three": 3}, seeds=[1])
     with pytest.raises(BadValue, match="named 'unpatched'"):

@@ -54,3 +54,5 @@ def test_indices_and_groups():
 def test_what_is_no_concept(build, text):
     with pytest.raises(BadType, match=text):
         concept_spec(build())
+    with pytest.raises(BadType, match="needed:  a ConceptSpec"):
+        concepts_composite(build)

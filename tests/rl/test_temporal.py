@@ -115,6 +115,8 @@ def test_bad_input():
         TemporalProbe("x", "x").fit(rollout())
     with pytest.raises(BadValue, match="too few episodes"):
         TemporalProbe("z", "x", [40]).fit(rollout())
+    with pytest.raises(BadType, match="the label is no tensor"):
+        TemporalProbe("z", lambda td: 3).fit(rollout())
     with pytest.raises(BadValue, match="not fitted"):
         TemporalProbe("z", "x")(rollout())
     with pytest.raises(BadValue, match="no probe of that horizon"):

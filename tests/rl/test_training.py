@@ -50,8 +50,9 @@ def test_environments():
     rollout = env.rollout(3)
     env.close()
     assert rollout["action"].shape == (2, 3, 1)
-    with pytest.raises(BadValue, match="no environments"):
-        gym_envs("Pendulum-v1", 0)
+    for wrong in (("Pendulum-v1", 0), ("Pendulum-v1", "2"), (None, 2)):
+        with pytest.raises(BadValue, match="no environments"):
+            gym_envs(*wrong)
     with pytest.raises(BadValue, match="no environment 'Pendulum-v9'"):
         gym_envs("Pendulum-v9", 2)
     for seed in ("a", -1, 1.5):
