@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from tdconcepts.errors import BadValue, import_extra
+from tdconcepts.errors import BadType, BadValue, import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,15 +79,17 @@ def intervention_curve(
     _need_some(curves, "curves")
     figure, ((axes,),) = new_figure(size=(8.4, 4.4))
     for number, (name, curve) in enumerate(curves.items()):
-        x, mean, *band = (_values(part) for part in curve)
-        if any(len(part) != len(x) for part in (mean, *band)) or len(band) not in (0, 2):
-            raise BadValue(f"the curve {name!r} is none", got=f"{[len(part) for part in (x, mean, *band)]} points")
+        parts = [_values(part, f"the curve {name!r}") for part in curve]
+        if len(parts) not in (2, 4) or len(set(map(len, parts))) > 1:
+            needed = "(x, mean) or (x, mean, low, high), equally many points each"
+            raise BadValue(f"the curve {name!r} is none", got=f"{[len(part) for part in parts]} points", needed=needed)
+        x, mean, *band = parts
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(x, mean, color=colour, marker=MARKERS[number % 7], markersize=5, ls=DASHES[number % 7], label=name)
         if band:
             axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    _whole_numbers(axes, [_values(curve[0]) for curve in curves.values()])
+    _whole_numbers(axes, [_values(curve[0], name) for name, curve in curves.items()])
     axes.legend(frameon=False)
     return figure
 
@@ -112,7 +114,7 @@ def over_time(
         start: the number of the first step.
 
     Raises:
-        BadValue: nothing to draw, a series that isn't ``[T, F]``, a group that isn't ``[T]``.
+        BadValue: nothing to draw, a series that isn't ``[T, F]``, a group that isn't ``[T]``. BadType: no numbers.
         MissingExtra: matplotlib is not installed.
 
     Examples:
@@ -134,11 +136,12 @@ def over_time(
         series = given if isinstance(given, Mapping) else {"": given}
         grid[0, column].set_title(heading)
         grid[-1, column].set_xlabel(xlabel)
-        for number, (name, value) in enumerate(series.items()):
+        for number, (name, values) in enumerate(series.items()):
+            value = numbers_in(values, name or heading)
             if value.ndim != 2 or value.shape[1] != len(rows):
                 raise BadValue(f"{name or heading!r} does not fit", got=_shape(value), needed=f"[T, {len(rows)}]")
             for row, axes in enumerate(grid[:, column]):
-                _draw_series(axes, value[:, row].detach().cpu(), number, name, groups, start)
+                _draw_series(axes, value[:, row], number, name, groups, start)
         if any(series) and not groups:
             grid[-1, column].legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), frameon=False)
     if groups:
@@ -169,7 +172,7 @@ def interval_plot(
         reference: where a dashed line marks the baseline.
 
     Raises:
-        BadValue: no means. MissingExtra: matplotlib is not installed.
+        BadValue: no means, or one that isn't three numbers. MissingExtra: matplotlib is not installed.
 
     Examples:
         >>> means = {"unpatched": (500.0, 500.0, 500.0), "without angle": (389.5, 370.0, 409.0)}
@@ -181,8 +184,11 @@ def interval_plot(
     figure, ((axes,),) = new_figure(size=(8.4, 0.38 * len(means) + 1.3))
     if reference is not None:
         axes.axvline(reference, color="#555555", linewidth=1.0, linestyle="--", zorder=0)
-    for number, (name, (mean, low, high)) in enumerate(means.items()):
-        single = _values((points or {}).get(name, ()))
+    for number, (name, interval) in enumerate(means.items()):
+        given = _values(interval, f"the interval {name!r}")
+        if len(given) != 3:
+            raise BadValue(f"the interval {name!r} is none", got=f"{given}", needed="(mean, low, high)")
+        (mean, low, high), single = given, _values((points or {}).get(name, ()), f"the points of {name!r}")
         if single:
             spread = (torch.arange(len(single)) * 0.618034) % 1.0 * 0.44 - 0.22  # a fixed scatter, not a random one
             axes.scatter(single, number + spread.numpy(), s=9, color="#999999", alpha=0.5, linewidth=0, zorder=1)
@@ -217,8 +223,20 @@ def to_png(figure: Figure, dpi: float = 110.0) -> bytes:
     return buffer.getvalue()
 
 
-def _values(part: Series) -> list[float]:
-    return [float(value) for value in part]
+def numbers_in(value: object, what: str, dtype: torch.dtype | None = None) -> Tensor:
+    """What is to be drawn as a tensor on the CPU, without its graph.
+
+    Raises:
+        BadType: it holds no numbers.
+    """
+    try:
+        return torch.as_tensor(value, dtype=dtype).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadType(f"{what} holds no numbers", got=type(value).__name__, needed="a tensor, or numbers") from error
+
+
+def _values(part: Series, what: str) -> list[float]:
+    return numbers_in(part, what, torch.float64).reshape(-1).tolist()
 
 
 def _draw_series(
@@ -228,10 +246,11 @@ def _draw_series(
     if groups is None:
         axes.plot(steps, value, color=COLOURS[number % 7], ls=DASHES[number % 7], lw=1.3, label=name or None)
         return
-    for place, (group, member) in enumerate(groups.items()):
+    for place, (group, members) in enumerate(groups.items()):
+        member = numbers_in(members, f"the group {group!r}")
         if member.shape != value.shape:
             raise BadValue(f"the group {group!r} does not fit", got=_shape(member), needed=f"[{len(value)}]")
-        member = member.detach().cpu().bool()
+        member = member.bool()
         colour, marker, label = COLOURS[place % 7], MARKERS[place % 7], f"{name} {group}".strip()
         axes.scatter(steps[member], value[member], s=7, linewidth=0, color=colour, marker=marker, label=label)
 
@@ -241,8 +260,8 @@ def _shape(value: Tensor) -> str:
 
 
 def _need_some(given: Mapping[str, object] | Sequence[object], what: str) -> None:
-    if not len(given):
-        raise BadValue("nothing to draw", got=f"no {what}", needed="one or more")
+    if not given or isinstance(given, str):
+        raise BadValue("nothing to draw", got=f"{what}={given!r}" if given else f"no {what}", needed="one or more")
 
 
 def _whole_numbers(axes: Axes, xs: list[list[float]]) -> None:

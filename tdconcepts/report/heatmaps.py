@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
-from tdconcepts.report.figures import new_figure
+from tdconcepts.report.figures import new_figure, numbers_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def heat_map(
     several = dict(maps) if isinstance(maps, Mapping) else {"": maps}
     if not several or not rows or not columns:
         raise BadValue("nothing to draw", needed="one map or more, with rows and columns")
-    values = {name: torch.as_tensor(one).detach().cpu().double() for name, one in several.items()}
+    values = {name: numbers_in(one, f"the map {name!r}").double() for name, one in several.items()}
     for name, one in values.items():
         if one.shape != (len(rows), len(columns)):
             raise BadValue(
@@ -117,9 +117,10 @@ def effect_map(
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['blocks.0', 'blocks.1']
     """
+    effect = numbers_in(effect, "the effect")
     if effect.ndim < 1 or effect.shape[-1] != len(names):
         raise BadValue("the names do not fit the effects", got=f"{len(names)} names", needed=f"{list(effect.shape)}")
-    flat = effect.detach().double().reshape(-1, len(names))
+    flat = effect.double().reshape(-1, len(names))
     mean = flat.masked_fill(~flat.isfinite(), float("nan")).nanmean(0)
     cells = [_cell(name) for name in names]
     rows = list(dict.fromkeys(row for row, _ in cells))

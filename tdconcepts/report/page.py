@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdconcepts.errors import BadValue, import_extra
+from tdconcepts.errors import BadType, BadValue, import_extra
 from tdconcepts.report.figures import to_svg
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def page(title: str, sections: Sequence[Section], *, intro: Sequence[str] = (), 
         >>> "<h1>A &amp; B</h1>" in text, "x &lt; y" in text, "<script" in text
         (True, True, False)
     """
+    wrong = [section for section in sections if not isinstance(section, Section)]
+    if wrong:
+        raise BadType("not a section", got=repr(wrong[0])[:80], needed="Sections", fix="[Section('Returns', [...])]")
     jinja2 = import_extra("jinja2", "report")
     template = resources.files("tdconcepts.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadValue, nearest
 from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, join, key_text
-from tdconcepts.report.figures import new_figure, over_time
+from tdconcepts.report.figures import new_figure, numbers_in, over_time
 from tdconcepts.report.page import Section, write_page
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ def attribution_strip(
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['angle', 'velocity']
     """
+    attribution = numbers_in(attribution, "the attribution")
     if attribution.ndim != 2 or attribution.shape[1] != len(features) or not attribution.numel():
         raise BadValue(
             "no attributions over time", got=f"shape {list(attribution.shape)}", needed=f"[T, {len(features)}]"
         )
-    value = attribution.detach().cpu().double().T
+    value = attribution.double().T
     top = float(value.nan_to_num(0.0).abs().max()) or 1.0
     figure, ((axes,),) = new_figure(size=(8.4, 0.42 * len(features) + 1.3))
     extent = (start - 0.5, start + value.shape[1] - 0.5, len(features) - 0.5, -0.5)
@@ -165,8 +166,9 @@ def rollout_sections(
         >>> [section.title for section in sections], sections[0].summary
         (['The rollout', 'Trajectory 2, steps 5 to 14'], [('trajectories', '3'), ('steps', '60')])
     """
-    if not rollout.batch_dims:
-        raise BadValue("a rollout has batch dims, the last of them time", got="batch_size []")
+    if not isinstance(rollout, TensorDictBase) or not rollout.batch_dims:
+        got = "batch_size []" if isinstance(rollout, TensorDictBase) else type(rollout).__name__
+        raise BadValue("a rollout is a TensorDict with batch dims, the last of them time", got=got)
     values = _entry(rollout, state)
     if values.shape != (*rollout.batch_size, len(features)):
         needed = f"{[*rollout.batch_size, len(features)]}: a name for each feature"

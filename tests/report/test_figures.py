@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tdconcepts import errors
-from tdconcepts.errors import BadValue, MissingExtra
+from tdconcepts.errors import BadType, BadValue, MissingExtra
 
 pytest.importorskip("matplotlib")
 from tdconcepts.report.figures import (
@@ -84,6 +84,7 @@ def test_over_time_leaves_gaps_where_values_are_missing():
     ("rows", "columns", "groups", "text"),
     [
         ([], {"a": torch.zeros(3, 0)}, None, "no rows"),
+        ("xy", {"a": torch.zeros(3, 2)}, None, "rows='xy'"),
         (["x"], {}, None, "no columns"),
         (["x"], {"a": torch.zeros(3, 2)}, None, r"needed:  \[T, 1\]"),
         (["x"], {"a": {"b": torch.zeros(3)}}, None, "'b' does not fit"),
@@ -105,6 +106,16 @@ def test_interval_plot():
     assert [8.0, 10.5] in ends
     with pytest.raises(BadValue, match="no means"):
         interval_plot({}, xlabel="return")
+    with pytest.raises(BadValue, match="the interval 'a' is none"):
+        interval_plot({"a": 3.0}, xlabel="return")
+
+
+def test_what_holds_no_numbers():
+    with pytest.raises(BadType, match="the curve 'a' holds no numbers"):
+        intervention_curve({"a": (None, None)})
+    with pytest.raises(BadType, match="state holds no numbers"):
+        over_time(["x"], {"state": "many"})
+    assert over_time(["x"], {"state": [[1.0], [2.0]]}).axes
 
 
 def test_files_repeat_and_open_no_window():

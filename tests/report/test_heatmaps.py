@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.report import effect_map, heat_map
 
 pytest.importorskip("matplotlib")
@@ -62,6 +62,9 @@ def test_of_experiments():
 def test_errors():
     with pytest.raises(BadValue, match="nothing to draw"):
         heat_map({}, ["a"], ["x"])
+    for act in (lambda: heat_map("x", ["a"], ["b"]), lambda: effect_map(None, ["a"])):
+        with pytest.raises(BadType, match="holds no numbers"):
+            act()
     with pytest.raises(BadValue, match="fit its names"):
         heat_map(torch.zeros(2, 2), ["a"], ["x", "y"])
     with pytest.raises(BadValue, match="names do not fit"):

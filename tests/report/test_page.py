@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tdconcepts import errors
-from tdconcepts.errors import BadValue, MissingExtra
+from tdconcepts.errors import BadType, BadValue, MissingExtra
 from tdconcepts.report.page import Section, page, write_page
 
 pytest.importorskip("jinja2")
@@ -97,6 +97,11 @@ def test_a_page_without_sections():
 def test_a_ragged_table_is_refused():
     with pytest.raises(BadValue, match="the table 'Means' is ragged"):
         page("T", [Section("S", tables=[(["a", "b"], [[1]], "Means")])])
+
+
+def test_what_is_no_section_is_refused():
+    with pytest.raises(BadType, match="not a section"):
+        page("T", "sections")
 
 
 def test_write_page(tmp_path):

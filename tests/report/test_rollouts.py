@@ -100,6 +100,8 @@ def test_bad_input():
         rollout_sections(td, FEATURES[:2])
     with pytest.raises(BadValue, match="no attributions to show"):
         rollout_sections(td.exclude("attribution"), FEATURES)
+    with pytest.raises(BadValue, match="NoneType"):
+        rollout_sections(None, FEATURES)
     with pytest.raises(BadValue, match="not a trajectory"):
         rollout_sections(td, FEATURES, shown=[Shown()])
     with pytest.raises(BadValue, match="no steps to show"):
