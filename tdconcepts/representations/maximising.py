@@ -169,6 +169,7 @@ class ActivationMaximisation(Replaceable, TensorDictModuleBase):
         this, batch = self._explaining, td.batch_size
         pull = this.pullback
         held = pull.hold(td) if held is None else held
+        pull.check_inputs(td, {})
         values, _ = pull.evaluate(td, held=held)
         n = values.shape[-1] if values.ndim > td.batch_dims else 0  # several targets: copies of the batch
         pull = self._each if n else pull

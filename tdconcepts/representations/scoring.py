@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.calling import missing_entries
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -96,6 +96,8 @@ def cross_validate(
         >>> cross_validate(LinearProbe("x", "y", ridge=1e-3), td, groups=0, folds=3)
         ProbeScores('x': 1.000; 120 rows)
     """
+    if not isinstance(probe, Probe):
+        raise BadType("not a probe", got=type(probe).__name__, needed="a probe", fix='LinearProbe("x", "label")')
     if type(folds) is not int or folds < 2:
         raise BadValue("not a number of folds", got=repr(folds), needed="2 or more")
     reader = Reader(probe.keys_read, probe.label, mask)

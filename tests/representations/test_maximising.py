@@ -107,6 +107,12 @@ def test_bad_settings(options, error, text):
         ActivationMaximisation(make()[0], Target("y", 0), **options)
 
 
+def test_an_entry_without_gradient():
+    net, td = make()
+    with pytest.raises(BadType, match="'x' has no gradient"):
+        ActivationMaximisation(net, Target("y", 0), steps=1)(td.clone().set("x", td["x"].long()))
+
+
 @pytest.mark.parametrize("options", [{"l2": -1.0}, {"jitter": 0.5}, {"low": 1.0, "high": 0.0}])
 def test_bad_regularisers(options):
     with pytest.raises(BadValue, match="regulariser"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.representations import LinearProbe, LogisticProbe, MassMeanProbe, cross_validate, ridge_direction, score
 
 
@@ -111,6 +111,11 @@ def test_the_score_of_a_fitted_probe():
 def test_bad_input(options, error, text):
     with pytest.raises(error, match=text):
         cross_validate(LinearProbe("x", "y"), make().set("one", torch.ones(8, 15, dtype=torch.int64)), **options)
+
+
+def test_what_is_no_probe():
+    with pytest.raises(BadType, match="not a probe"):
+        cross_validate("x", make())
 
 
 def test_a_constant_label_has_no_r2():
