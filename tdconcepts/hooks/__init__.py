@@ -15,6 +15,7 @@ from tdconcepts.hooks.sites import Site
 from tdconcepts.hooks.stages import check_module, cut, needed, stages
 from tdconcepts.hooks.swaps import Weights
 from tdconcepts.hooks.targets import Target
+from tdconcepts.hooks.twice import differentiable_once_more
 from tdconcepts.hooks.watch import Pulled
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "check_module",
     "check_td",
     "cut",
+    "differentiable_once_more",
     "dispatch_rows",
     "locate",
     "needed",

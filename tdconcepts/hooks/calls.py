@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any, Literal, TypeAlias
 
+import torch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from tdconcepts.errors import BadValue, nearest
-from tdconcepts.hooks.flows import by_formula, depends, operation_name, tensors
+from tdconcepts.errors import BadType, BadValue, nearest
+from tdconcepts.hooks.flows import by_formula, changed, depends, operation_name, tensors
+from tdconcepts.hooks.sites import is_compiled
 
-__all__ = ["CONVENTIONS", "Call", "Convention", "check_convention", "refuse_middle"]
+__all__ = [
+    "CONVENTIONS",
+    "Call",
+    "Convention",
+    "carried",
+    "check_convention",
+    "layer_of",
+    "refuse_hidden",
+    "refuse_middle",
+]
 
 Convention: TypeAlias = Literal["gradient", "relevance"]
 CONVENTIONS: tuple[Convention, ...] = ("gradient", "relevance")
@@ -101,6 +115,20 @@ class Call:
         )
 
 
+def carried(rule: Any, call: Call) -> Any:
+    """The output under a rule; what it computes is not seen by function modes again.
+
+    A tensor that is alone in a dict or a tuple, as the one that depends on what is explained, is the output for a rule.
+    """
+    tree = call.output
+    leaves = [] if isinstance(tree, Tensor) else [value for value in tensors(tree) if depends(value)]
+    if len(leaves) == 1:
+        call.output = leaves[0]
+    with contextlib.nullcontext() if is_compiling() else torch._C.DisableTorchFunction():
+        output = rule.carry(call)
+    return changed(tree, lambda value: output if value is leaves[0] else value) if len(leaves) == 1 else output
+
+
 def check_convention(convention: object) -> None:
     """Raise for what is no convention."""
     if convention not in CONVENTIONS:
@@ -128,3 +156,51 @@ def refuse_middle(call: Call, rule: object) -> None:
                 fix='convention="relevance", or another rule there',
             )
         nodes += [below for below, _ in node.next_functions if below is not None]
+
+
+def layer_of(module: nn.Module) -> nn.Module:
+    """The module of tensors that one rule is for: what a TensorDictModule wraps, or the module itself.
+
+    Raises:
+        BadType: for another stage of a pipeline, whose inputs and outputs are entries.
+    """
+    while isinstance(module, TensorDictModule) and not isinstance(module, TensorDictSequential):
+        if not isinstance(module.module, nn.Module):
+            break  # a function
+        module = module.module
+    if isinstance(module, TensorDictModuleBase):
+        raise BadType(
+            "one rule for a stage that works on entries",
+            got=type(module).__name__,
+            needed="a module of tensors",
+            fix="Composite({path: rule}).on(module)",
+        )
+    return module
+
+
+def refuse_hidden(module: nn.Module, ruled: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise where a rule would be silently ignored: inside what torch has compiled or scripted.
+
+    Args:
+        module: the model.
+        ruled: paths and modules that have a rule.
+    """
+    hidden: dict[nn.Module, str] = {}
+    for inner in module.modules():
+        if is_compiled(inner):
+            raise BadValue(
+                "a part of the model is compiled, and rules are not seen there",
+                got=f"torch.compile({type(getattr(inner, '_orig_mod', inner)).__name__})",
+                needed="the module that was compiled",
+                fix="explain the model as it was before, then compile the explainer: torch.compile(LRP(...))",
+            )
+        if isinstance(inner, torch.jit.ScriptModule) and inner not in hidden:
+            hidden |= dict.fromkeys(list(inner.modules())[1:], inner.original_name)
+    for path, inner in ruled if hidden else ():
+        if inner in hidden:
+            raise BadType(
+                f"a rule at {path!r}, inside a module that torch.jit has compiled",
+                got=f"a ScriptModule, {hidden[inner]}",
+                needed="a module that Python calls",
+                fix="the module that was scripted or traced; or one rule for all of it, such as EpsilonRule()",
+            )

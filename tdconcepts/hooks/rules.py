@@ -9,10 +9,18 @@ from typing import Any, ClassVar
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.hooks.calls import CONVENTIONS, Call, Convention, check_convention, refuse_middle
+from tdconcepts.hooks.calls import (
+    CONVENTIONS,
+    Call,
+    Convention,
+    carried,
+    check_convention,
+    layer_of,
+    refuse_hidden,
+    refuse_middle,
+)
 from tdconcepts.hooks.contexts import active
 from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, overwrite, tensors
 from tdconcepts.hooks.hooked import Hooked
@@ -142,9 +150,10 @@ class Rules(_Adds):
         check_convention(self.convention)
         chosen: dict[nn.Module, tuple[Place, Rule]] = {}
         for path, rule in self.modules:
-            found = [_whole(module)] if path == "." else places(module, Site(path))
+            found = [_whole(layer_of(module))] if path == "." else places(module, Site(path))
             for place in found:
                 chosen[place.module] = (place, rule)
+        refuse_hidden(module, ((place.name, layer) for layer, (place, _) in chosen.items()))
         self._check_forms([(place.name, rule) for place, rule in chosen.values()])
         safe = all(map(_overwrites_nothing, module.modules()))
         how = _How(self, safe)
@@ -341,14 +350,6 @@ def _numbered(name: str, run: Run) -> str:
     """The name of an operation in the report: ``"add"`` for its first call in a run, then ``"add#1"``, ``"add#2"``."""
     times = run.store["times", name] = run.store.get(("times", name), -1) + 1
     return f"{name}#{times}" if times else name
-
-
-def carried(rule: Rule, call: Call) -> Any:
-    """The output under a rule; what it computes is not seen by function modes again."""
-    if is_compiling():
-        return rule.carry(call)
-    with torch._C.DisableTorchFunction():
-        return rule.carry(call)
 
 
 def refuse_mixture(run: Run, leave: _Leave) -> None:

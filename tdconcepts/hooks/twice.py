@@ -37,12 +37,26 @@ def now() -> Pass | None:
 
 
 @contextlib.contextmanager
-def differentiable_once_more(wanted: bool) -> Iterator[None]:
+def differentiable_once_more(wanted: bool = True) -> Iterator[None]:
     """Forward and backward by the formulas inside; outside, the graph of what they gave has ordinary derivatives.
 
     An explanation depends on activations. Its derivative asks how *they* change with the input, which is what the
     model's ordinary backward pass says, not the changed one. Fused attention has no second derivative, so it is taken
-    apart.
+    apart. Explainers do this by themselves with ``create_graph=True``; it is for rules that are installed by hand,
+    whose second derivatives would else be those of the formulas.
+
+    Args:
+        wanted: False for nothing at all.
+
+    Examples:
+        >>> from tdconcepts.lrp import ZPlusRule
+        >>> layers = torch.nn.Linear(1, 1, bias=False), torch.nn.Tanh(), torch.nn.Linear(1, 1, bias=False)
+        >>> net, x = torch.nn.Sequential(*layers).double(), torch.tensor([[0.5]], dtype=torch.float64)
+        >>> _ = x.requires_grad_()
+        >>> with differentiable_once_more(), ZPlusRule().on(net[0], "relevance"):
+        ...     (relevance,) = torch.autograd.grad(net(x), x, torch.ones_like(x), create_graph=True)
+        >>> torch.autograd.grad(relevance, x)[0].shape
+        torch.Size([1, 1])
     """
     before = _NOW.one
     _NOW.one = one = Pass() if wanted else None

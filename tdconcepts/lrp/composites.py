@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
+import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import nn
 
@@ -146,7 +147,7 @@ class Composite(Replaceable):
                 fix="Composite({nn.Linear: EpsilonRule()}), or a named one such as EpsilonPlus()",
             )
         report = how.pop("report", None)
-        self._tell([path for path, m, rule in chosen if rule is None and _has_own_parameters(m)], module, report)
+        self._tell([path for path, m, rule in chosen if rule is None and _needs_a_rule(m)], module, report)
         first = None if self.first is None else (_predicate(self.first[0]), self.first[1])
         convention = convention or self.convention
         apart = report is not None or any(rule is not None and rule.reads_before for _, _, rule in chosen)
@@ -193,6 +194,8 @@ class Composite(Replaceable):
             seen.add(inner)
             if rule is not None:
                 seen.update(inner.modules())
+            elif isinstance(inner, torch.jit.ScriptModule):  # which Python does not look into
+                seen.update(below for below in inner.modules() if below not in by_path)
             chosen.append((path, inner, rule))
         return chosen
 
@@ -203,7 +206,10 @@ class Composite(Replaceable):
         kinds = [f"{path} ({type(known[path]).__name__})" for path in paths]
         if report is not None:
             report.unruled.update(kinds)
-        self.missing(f"parametrised modules without a rule: {', '.join(kinds)}", f"{{{paths[0]!r}: EpsilonRule()}}")
+        scripted = any(isinstance(known[path], torch.jit.ScriptModule) for path in paths)
+        what = "modules that torch.jit has compiled" if scripted else "parametrised modules"
+        kind = "torch.jit.ScriptModule" if scripted else repr(paths[0])
+        self.missing(f"{what} without a rule: {', '.join(kinds)}", f"{{{kind}: EpsilonRule()}}")
 
     def missing(self, what: str, fix: str) -> None:
         """Raise or warn of something that has no rule, if that is wanted."""
@@ -260,8 +266,13 @@ def _is_a(kind: Any, module: Any) -> bool:
     return isinstance(module, kind)
 
 
-def _has_own_parameters(module: nn.Module) -> bool:
-    """A layer with parameters through which gradients flow: those of a container, or held apart, serve operations."""
+def _needs_a_rule(module: nn.Module) -> bool:
+    """A layer with parameters through which gradients flow: those of a container, or held apart, serve operations.
+
+    Or what torch.jit has compiled, whose operations nobody sees.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     has = next(module.parameters(recurse=False), None) is not None or "parametrizations" in module._modules
     leaf = all(name == "parametrizations" for name in module._modules)
     return has and leaf and not isinstance(module, (nn.Embedding, nn.EmbeddingBag, TensorDictParams))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch  # noqa: F401 - the examples use it
 from torch import Tensor
 
-from tdconcepts.hooks.flows import backward_by, depends, overwritable
+from tdconcepts.hooks.flows import backward_by, changed, depends, overwritable
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.parameters import output_without
 from tdconcepts.lrp.stabilizers import Stabilizing, check_stabilizer, damped, shared, stabilized
@@ -54,14 +54,14 @@ class EpsilonRule(Rule):
         return convention == "gradient" and self.epsilon == 0 and not self.zero_params
 
     def carry(self, call: Call) -> Any:
-        """Any output: a tensor, or a tuple of them."""
+        """Any output: a tensor, or tuples, lists and dicts of them."""
         output = call.output
         if isinstance(output, Tensor):
             return self._carried(call, output, self._denominator(call))
-        if isinstance(output, (tuple, list)) and not self.zero_params:
-            parts = [self._carried(call, v, None) if depends(v) else v for v in output]
-            return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-        raise call.cannot(self, f"it writes a {type(output).__name__}", "a rule on the modules inside it")
+        if self.zero_params or not isinstance(output, (tuple, list, dict)):
+            why = f"it writes a {type(output).__name__}" + (", with zero_params" if self.zero_params else "")
+            raise call.cannot(self, why, "a rule on the modules inside it")
+        return changed(output, lambda value: self._carried(call, value, None) if depends(value) else value)
 
     def _carried(self, call: Call, z: Tensor, denominator: Tensor | None) -> Tensor:
         formula = functools.partial(_epsilon, self.epsilon, call.carries_relevance, self._shares(call))

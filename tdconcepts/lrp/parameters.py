@@ -63,6 +63,9 @@ def output_without(call: Call, rule: Rule, names: tuple[str, ...]) -> Tensor:
     function, args, kwargs = substituted(call, rule, lambda name, p: torch.zeros_like(p) if name in names else p)
     module = isinstance(function, nn.Module)
     found: Tensor = function.forward(*args, **kwargs) if module else function(*args, **kwargs)
+    if not isinstance(found, Tensor):
+        why = f"it writes a {type(found).__name__}, with zero_params"
+        raise call.cannot(rule, why, "a rule on the modules inside it")
     if call.folded is None:
         return found
     k, shift = (part.reshape(1, -1, *[1] * (found.ndim - 2)) for part in call.folded)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from hooks.nets import hook_count, snapshot
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts import Capture, Site, Target
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks import differentiable_once_more
 from tdconcepts.lrp import (
     LRP,
     AttnLRP,
@@ -22,6 +23,7 @@ from tdconcepts.lrp import (
     GuidedBackpropRule,
     IgnoreRule,
     PassRule,
+    StopRule,
     ZPlusRule,
 )
 
@@ -219,6 +221,91 @@ def test_a_layer_and_what_passes_relevance_on_are_one_step(composite, inplace):
     if inplace:
         plain = LRP(normed(False), composite, Target("y", 1))(td.copy())["attribution", "x"]
         torch.testing.assert_close(LRP(net, composite, Target("y", 1))(td.copy())["attribution", "x"], plain)
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_second_derivatives_of_a_context(convention):
+    """Those of the formulas, or true ones through all rules where they are asked for, after the context."""
+    net, step = normed(False).module, 1e-6 * torch.randn(5, 2, 5, dtype=torch.float64)
+    x = torch.randn(5, 2, 5, dtype=torch.float64, requires_grad=True)
+
+    def total(x, wanted):
+        with differentiable_once_more(wanted), EpsilonPlus(0.1, 0.01).on(net, convention) as m:
+            return torch.autograd.grad(m(x)[:, 0].sum(), x, create_graph=True)[0].square().sum()
+
+    moved = total(x + step, True) - total(x - step, True)
+    for wanted in (True, False):
+        (found,) = torch.autograd.grad(total(x, wanted), x)
+        assert torch.allclose((found * step).sum() * 2, moved, rtol=1e-4, atol=0) == wanted
+
+
+class Writes(nn.Module):
+    """Several values, some of which hang together with the input."""
+
+    def __init__(self, one, other=None):
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x):
+        return {"one": self.one(x), "more": [torch.ones(2), None if self.other is None else self.other(x)]}
+
+
+def test_a_module_that_writes_a_dict():
+    one, other = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    x, r = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, dtype=torch.float64)
+    for rule in (EpsilonRule(0.1), PassRule(), StopRule()):
+        with rule.on(one, convention="relevance") as m:
+            (wanted,) = torch.autograd.grad(m(x), x, r)
+        with rule.on(Writes(one), convention="relevance") as m:
+            written = m(x)
+        assert set(written) == {"one", "more"}
+        assert written["more"][1] is None
+        torch.testing.assert_close(torch.autograd.grad(written["one"], x, r)[0], wanted)
+    with EpsilonRule(0.1).on(Writes(one, other), convention="relevance") as m:
+        written = m(x)
+        (found,) = torch.autograd.grad([written["one"], written["more"][1]], x, [r, 2 * r])
+    parts = []
+    for layer, share in ((one, r), (other, 2 * r)):
+        with EpsilonRule(0.1).on(layer, convention="relevance") as m:
+            parts += torch.autograd.grad(m(x), x, share)
+    torch.testing.assert_close(found, parts[0] + parts[1])
+    for net in (Writes(one), Writes(one, other)):
+        with pytest.raises(BadValue, match=r"zero_params[\s\S]*inside it"), EpsilonRule(0.1, "bias").on(net) as m:
+            m(x)
+
+
+def test_one_rule_on_a_module_with_keys():
+    layer = nn.Linear(3, 2).double()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    with EpsilonRule(0.5).on(layer, convention="relevance") as m:
+        (wanted,) = torch.autograd.grad(m(x).sum(), x)
+    with EpsilonRule(0.5).on(TensorDictModule(layer, ["x"], ["y"]), convention="relevance") as m:
+        (found,) = torch.autograd.grad(m(TensorDict(x=x, batch_size=[2]))["y"].sum(), x)
+    assert found.equal(wanted)
+    with pytest.raises(BadType, match="works on entries"):
+        EpsilonRule().on(TensorDictSequential(TensorDictModule(layer, ["x"], ["y"])))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_torch_has_compiled_is_refused():
+    plain = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    for part in (torch.jit.script(plain), torch.jit.trace(plain, torch.ones(1, 3))):
+        net = nn.Sequential(nn.Linear(3, 3), part)
+        with pytest.raises(BadValue, match=r"torch\.jit has compiled without a rule: 1 \("):
+            EpsilonPlus().on(net)
+        with pytest.raises(BadType, match=r"at '1\.0', inside a module that torch\.jit"):
+            Composite({"1.0": EpsilonRule()}, on_missing="gradient").on(net)
+        x = torch.randn(2, 3, requires_grad=True)
+        with (EpsilonPlus() | {"1": EpsilonRule(0.5)}).on(net, convention="relevance") as m:
+            (found,) = torch.autograd.grad(m(x).sum(), x)
+        with EpsilonRule().on(net[0], convention="relevance"), EpsilonRule(0.5).on(plain, "relevance"):
+            (wanted,) = torch.autograd.grad(plain(net[0](x)).sum(), x)
+        torch.testing.assert_close(found, wanted)
+    compiled = nn.Linear(3, 3)
+    compiled.compile(backend="eager")
+    for part in (torch.compile(plain, backend="eager"), compiled):
+        with pytest.raises(BadValue, match="a part of the model is compiled"):
+            EpsilonPlus().on(nn.Sequential(nn.Linear(3, 3), part))
 
 
 class Attending(nn.Module):
