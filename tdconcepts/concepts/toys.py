@@ -106,7 +106,7 @@ def _trigonometry(n: int, source: Source) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dot(n: int, source: Source) -> tuple[Tensor, Tensor, Tensor]:
-    u, v = (2 * source.normal(n, 4)).split(2, dim=1)
+    u, v = 2 * source.normal(n, 2), 2 * source.normal(n, 2)
     return torch.cat([u + v, u - v], 1), torch.stack([u.sum(1) > 0, v.sum(1) < 0], 1), (u * v).sum(1) > 0
 
 
