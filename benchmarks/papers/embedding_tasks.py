@@ -6,8 +6,9 @@ The settings are those of the paper and of the code that its authors published (
 samples to train on and then 600 to test on, drawn from numpy's generator with the seed 42, the same for every run; an
 MLP of 128-128 with leaky ReLUs, embeddings of 128, RandInt with 0.25, a linear head; 500 epochs, batches of 256 in the
 order of the samples, Adam with a step size of 1e-2, which is divided by 10 where the last batch's loss has not fallen
-for ten epochs (ReduceLROnPlateau); weight 1 for the concepts. (The validation set of 300 can stop a run at epoch 480 at
-the earliest; it is not used here.)
+for ten epochs (ReduceLROnPlateau); weight 1 for the concepts. Two things differ: RandInt draws for each row, as the
+paper says (the published code draws once for each batch), and the validation set of 300, which can stop a run at epoch
+480 at the earliest, is not used.
 
 The published accuracies count a task as predicted where its *logit* is above 0.5, a probability above 0.62: the
 accuracy there is taken of the head's output, to which no sigmoid is applied. Both are printed here, that one and the
