@@ -34,7 +34,7 @@ class TdConceptsError(Exception):
         lines += [f"  {name} {text}" for name, text in (("got:    ", got), ("needed: ", needed)) if text is not None]
         if fix is not None:
             lines.append(f"  way out: {fix}")
-        super().__init__("\n".join(lines))
+        self.args = ("\n".join(lines),)  # torch.compile can't trace the __init__ of Exception, and would hide the text
 
     def __str__(self) -> str:  # KeyError would print the repr, with its line breaks escaped
         return str(self.args[0])

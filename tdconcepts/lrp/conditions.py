@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.flows import backward_by, depends, untransformed
@@ -27,14 +28,17 @@ class Which:
 
     Args:
         count: how many conditions there are.
+        only: the one that it is for, where that is known before: a graph can't learn it.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, only: int | None = None) -> None:
+        self.count, self.only = count, only
         self.rows: Tensor | None = None  # [*B, count]: 1 at the condition that is pulled back
 
     def spread(self, values: Tensor) -> Tensor:
         """``values`` as many times as there are conditions, ``[*B, count]``: each stands for one of them."""
+        if self.only is not None:
+            return values.unsqueeze(-1)
         return backward_by(self._begin, values.unsqueeze(-1).expand(*values.shape, self.count), [values], keep=False)
 
     def _begin(self, flow: Tensor) -> tuple[Tensor]:
@@ -137,11 +141,17 @@ class Conditions:
         first = [step for step in steps if step.place.side == "input"]
         return [*first, *mine, *(step for step in steps if step.place.side == "output")]
 
+    @property
+    def apart(self) -> tuple[int | None, ...]:
+        """The pull-backs that it takes: one for all conditions, but one for each in a graph or a transform."""
+        together = not self.many or not (is_compiling() or torch._C._functorch.maybe_current_level() is not None)
+        return (None,) if together else tuple(range(len(self.conditions)))
+
     @contextlib.contextmanager
-    def acting(self) -> Iterator[None]:
-        """For the time of one pull-back: several conditions share its forward."""
+    def acting(self, only: int | None = None) -> Iterator[None]:
+        """For the time of one pull-back: several conditions share its forward, or it is for one of them ``only``."""
         before = _NOW.one
-        _NOW.one = Which(len(self.conditions)) if self.many else None
+        _NOW.one = Which(len(self.conditions), only) if self.many else None
         try:
             yield
         finally:
@@ -170,6 +180,8 @@ class _Mask:
             raise BadValue(
                 "several conditions outside of an explainer", needed="one condition, or LRP(condition=[...])"
             )
+        if one.only is not None:
+            return backward_by(_masked, value, [value], masks[one.only], keep=False)
         together = torch.stack(torch.broadcast_tensors(*masks), len(lead))
         mask = functools.partial(_one_of, one, lead)
         mask.reads_only = True  # type: ignore[attr-defined]

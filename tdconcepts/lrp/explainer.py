@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack
 
-import torch  # noqa: F401 - the examples use it
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointError
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.hooks import Options, Site, Target, dispatch_rows
+from tdconcepts.hooks import Options, Pulled, Site, Target, dispatch_rows
 from tdconcepts.hooks.explaining import Explaining, check_options
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.rules import Convention, Rule
@@ -133,6 +134,8 @@ class LRP(Replaceable, TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         if self.report is not None:
+            if is_compiling():
+                raise BadValue("check=True reports numbers, which a compiled graph has not: LRP(..., check=False)")
             self.report.clear()
         return self._explaining.run(tensordict, self._attribute)
 
@@ -142,17 +145,8 @@ class LRP(Replaceable, TensorDictModuleBase):
 
     def _attribute(self, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         this, by_point = self._explaining, self.convention == "gradient"
-        width = this.width(td) if self.report is None else 1  # the report adds up numbers, one target after the other
-        with self._conditions.acting(), differentiable_once_more(this.create_graph):
-            try:
-                pulled = this.pullback(td, create_graph=this.create_graph, snapshot=by_point, held=held, width=width)
-            except CheckpointError as error:
-                raise BadValue(
-                    "the model recomputes activations in its backward pass, where no rule sees them",
-                    got="torch.utils.checkpoint",
-                    needed="a forward that keeps them",
-                    fix="model.gradient_checkpointing_disable(), or model.eval() if that ends it",
-                ) from error
+        each = [self._pulled(td, held, only) for only in self._conditions.apart]
+        pulled = each[0] if len(each) == 1 else _together(each, td.batch_dims)
         several = pulled.values.ndim > td.batch_dims
         results: dict[NestedKey, Tensor] = {}
         for key, flow, point in zip(this.attribution_keys, pulled.gradients, pulled.points, strict=True):
@@ -167,6 +161,21 @@ class LRP(Replaceable, TensorDictModuleBase):
             entries = [results[this.attribution_keys[i]] for i in _entries(this.pullback)]
             self.report.began(float(pulled.values.sum()), sum(float(r.sum()) for r in entries) if entries else None)
         return results | this.written(pulled.outputs)
+
+    def _pulled(self, td: TensorDictBase, held: Tensor | None, only: int | None) -> Pulled:
+        this = self._explaining
+        width = this.width(td) if self.report is None else 1  # the report adds up numbers, one target after the other
+        options: dict[str, Any] = {"create_graph": this.create_graph, "held": held, "width": width}
+        with self._conditions.acting(only), differentiable_once_more(this.create_graph):
+            try:
+                return this.pullback(td, snapshot=self.convention == "gradient", **options)
+            except CheckpointError as error:
+                raise BadValue(
+                    "the model recomputes activations in its backward pass, where no rule sees them",
+                    got="torch.utils.checkpoint",
+                    needed="a forward that keeps them",
+                    fix="model.gradient_checkpointing_disable(), or model.eval() if that ends it",
+                ) from error
 
     def _deltas(self, found: dict[NestedKey, Tensor], start: Tensor) -> dict[NestedKey, Tensor]:
         keys, deltas = self._explaining.attribution_keys, {}
@@ -185,6 +194,12 @@ class LRP(Replaceable, TensorDictModuleBase):
         groups = ([inputs] if inputs else []) + [[i] for i in range(len(pullback.wrt)) if i not in inputs]
         names = ["joint" if len(group) > 1 else pullback.names[group[0]] for group in groups]
         return [(join(CONVERGENCE_DELTA, name), group) for name, group in zip(names, groups, strict=True)]
+
+
+def _together(each: list[Pulled], dim: int) -> Pulled:
+    """Pull-backs for one condition each as one for all: each has a dim of one for it, right after the batch dims."""
+    gradients = [torch.cat(parts, dim) for parts in zip(*(pulled.gradients for pulled in each), strict=True)]
+    return each[0]._replace(values=torch.cat([pulled.values for pulled in each], dim), gradients=gradients)
 
 
 def _entries(pullback: Pullback) -> list[int]:

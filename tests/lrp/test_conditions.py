@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdconcepts import Site, Target
+from tdconcepts import Site, Target, anchor
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.lrp import LRP, EpsilonPlus, EpsilonPlusFlat
 from tdconcepts.lrp.conditions import Conditions
@@ -116,6 +116,27 @@ def test_in_front_of_a_flat_layer(net, td, convention):
     for condition in ({Site("0", "input"): [0]}, [{Site("0", "input"): [0]}]):
         explainer = LRP(net, EpsilonPlusFlat(), Target("logits", 1), condition=condition, convention=convention)
         assert explainer(td.copy())["attribution", "x"].reshape(whole.shape).allclose(whole)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+def test_in_a_compiled_graph(net, td, convention):
+    """A condition has a tap at its site, which must be there before; several conditions follow one after the other."""
+    td["unit"] = torch.tensor([3, 0, 2])
+    for condition in ({Site("0"): "unit"}, [{Site("0"): "unit"}, {Site("0"): [1, 2]}, {}]):
+        torch._dynamo.reset()
+        options = {"condition": condition, "convention": convention, "convergence_delta": True}
+        explainer = LRP(net, EpsilonPlus(), Target("logits", 1), **options)
+        expected = explainer(td.copy())
+        with anchor(net, "0"):
+            found = torch.compile(explainer, fullgraph=True, backend="eager")(td.copy())
+        for key in explainer.out_keys:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()
+    checked = LRP(net, EpsilonPlus(), Target("logits", 1), check=True)
+    with pytest.raises(RuntimeError, match="check=True reports numbers"):
+        torch.compile(checked, fullgraph=True, backend="eager")(td.copy())
+    torch._dynamo.reset()
 
 
 def test_bad_input(net, td):
