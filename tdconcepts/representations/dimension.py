@@ -120,6 +120,16 @@ def ca_pca(x: Tensor, k: int = 20) -> Tensor:
     \sum_{j > d} \lambda_j` is what curvature puts across the patch, :math:`c_d = \frac{3 d + 4}{d (d + 4)}`, and
     :math:`r` lies midway between the k-th and the next neighbour.
 
+    Why: take the graph of quadratic forms, :math:`x \mapsto (x, x^T B_1 x, x^T B_2 x, \dots)`, in a ball of radius 1.
+    To second order in B, with :math:`F = \sum_m \lVert B_m \rVert_F^2` and :math:`T = \sum_m (\mathrm{tr}\, B_m)^2`,
+
+    .. math:: \frac1d \sum_{i \le d} \lambda_i = \frac{1}{d + 2} - \frac{2 d F + (d + 4) T}{d (d + 2)^2 (d + 4)},
+              \qquad t_d = \frac{2 (d + 2) F - 2 T}{(d + 2)^2 (d + 4)}.
+
+    What is missing along the patch, over what is across it, depends on the shape: :math:`\frac{1}{d + 2}` for a saddle
+    (T = 0), :math:`\frac{3 d + 4}{2 d (d + 1)}` where it bends in one direction (T = F), :math:`\frac{d + 6}{4}` for a
+    sphere (T = d F). The paper's :math:`c_d` lies between them; it is that of one direction for surfaces.
+
     Args:
         x: sets of points ``[..., N, F]``.
         k: neighbours, 2 or more.
@@ -152,7 +162,8 @@ class TwoNN(SetStage):
     ======  =======================  ===================================
 
     It looks at the smallest scale that there is, which is that of the noise where noise is as far as neighbours are. A
-    number that falls as ``blocks`` rises (and neighbours are farther apart) is such; take it where it stays the same.
+    number that falls as ``blocks`` rises (and neighbours are farther apart) is such; take it where it stays the same,
+    with two hundred points in each block or so.
 
     Args:
         keys: an entry, or a list of them.
@@ -305,7 +316,8 @@ class CAPCA(SetStage):
     Args:
         keys: an entry, or a list of them.
         k: neighbours that count, 2 or more.
-        average: one number for each set, the mean over its points.
+        average: one number for each set, the mean over its points. Few points at the edge of the set count far too
+            much; the median of all is not moved by them.
         within: whether each row holds a set of its own.
         out_key: the first name of what is written.
 

@@ -38,6 +38,16 @@ def test_three_dimensions_in_thirty_two_with_noise_are_three():
     assert round(float(CAPCA("x", average=True)(td)["dimension", "x"][0])) == 3
 
 
+@pytest.mark.parametrize("n", [200, 800, 3200])
+def test_three_dimensions_with_noise_are_three_at_any_density(n):
+    """The more points, the nearer are neighbours to the noise: what each estimator's option is for."""
+    x = noisy(n)
+    assert 2.5 < float(two_nn(x, blocks=n // 200)) < 3.5
+    assert 2.8 < float(local_knn(x, 20, True)) < 3.4
+    assert ca_pca(x).median() == 3
+    assert (local_pca(x) == 3).all()
+
+
 @pytest.mark.parametrize("d", [1, 2, 5])
 def test_flat_cubes(d):
     x = torch.rand(1000, d, generator=torch.Generator().manual_seed(0)).double() @ torch.eye(d, d + 4).double()
@@ -112,6 +122,41 @@ def test_curvature_is_adjusted_for():
     xy = torch.rand(1500, 2, generator=generator).double() * 2 - 1
     bent = torch.cat([xy, 0.5 * xy.square().sum(-1, keepdim=True)], -1)
     assert ca_pca(bent, 60).mean() < 2.1
+
+
+@pytest.mark.parametrize(
+    ("bends", "ratio"),
+    [
+        ((0.15,), 7 / 4),
+        ((0.15, 0.0), 10 / 12),
+        ((0.15, -0.15), 1 / 4),
+        ((0.15, 0.15), 2.0),
+        ((0.15, 0.0, 0.0), 13 / 24),
+        ((0.1,) * 5, 11 / 4),
+    ],
+    ids=["curve", "cylinder", "saddle", "sphere", "one of three", "sphere of five"],
+)
+def test_the_spectrum_of_a_quadratic_patch(bends, ratio):
+    """What the docstring derives, beside points drawn from the patch (by area) and from the flat one."""
+    b, d = torch.tensor(bends).double(), len(bends)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200_000, d, generator=generator).double()
+    x *= torch.rand(len(x), 1, generator=generator).double() ** (1 / d) / x.norm(dim=-1, keepdim=True)
+    height = x.square() @ b
+    area = (1 + (2 * x * b).square().sum(-1)).sqrt() * (x.square().sum(-1) + height.square() <= 1)
+
+    def along_and_across(points, weight):
+        weight = weight / weight.sum()
+        points = points - weight @ points
+        values = torch.linalg.eigvalsh(points.T @ (weight.unsqueeze(-1) * points)).flip(-1)
+        return values[:d].mean(), values[d:].sum()
+
+    along, across = along_and_across(torch.cat([x, height.unsqueeze(-1)], -1), area)
+    missing = along_and_across(x, torch.ones_like(height))[0] - along
+    f, t = b.square().sum(), b.sum().square()
+    assert float(missing) == pytest.approx(float((2 * d * f + (d + 4) * t) / (d * (d + 2) ** 2 * (d + 4))), rel=0.07)
+    assert float(across) == pytest.approx(float((2 * (d + 2) * f - 2 * t) / ((d + 2) ** 2 * (d + 4))), rel=0.07)
+    assert float(missing / across) == pytest.approx(ratio, rel=0.05)
 
 
 def test_blocks_are_sets_of_their_own():
