@@ -18,6 +18,8 @@ from tdconcepts.lrp.passing import constant
 
 __all__ = ["AHQKVRule", "AttentionRule", "GatedProductRule", "SoftmaxEpsilonRule"]
 
+_NEAR = 1e-6  # what counts as zero where the sigmoid of a gate is divided by the gate
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxEpsilonRule(Rule):
@@ -114,6 +116,8 @@ def _values_only(flow: Tensor) -> tuple[Tensor]:
 class GatedProductRule(UniformEpsilonRule):
     r"""A product of two branches, ``act(gate) * up``: half of the relevance to each, or all to the signal.
 
+    Of ``F.glu(x)``, which is a product with a sigmoid inside, the halves of ``x`` are the branches.
+
     Args:
         epsilon: for the relevance convention: a number or a stabiliser.
         zero_params: as in :class:`~tdconcepts.lrp.EpsilonRule`.
@@ -141,7 +145,9 @@ class GatedProductRule(UniformEpsilonRule):
             raise BadValue("not a factor of a product", got=f"signal={self.signal!r}", needed="None, 0 or 1")
 
     def carry(self, call: Call) -> Tensor:
-        """A product of two tensors."""
+        """A product of two tensors, or ``F.glu`` (``nn.GLU``), whose first half is the signal."""
+        if call.name == "glu" or isinstance(call.module, nn.GLU):
+            return self._glu(call)
         factors = [value for value in call.args if isinstance(value, Tensor)]
         dependent = [depends(value) for value in factors]
         z = call.output
@@ -155,11 +161,26 @@ class GatedProductRule(UniformEpsilonRule):
         shares = tuple((0.5 if signal is None else float(i == signal)) for i in range(2))
         return backward_by(functools.partial(_gated, shares, call.carries_relevance), z, spread)
 
+    def _glu(self, call: Call) -> Tensor:
+        dim = call.module.dim if isinstance(call.module, nn.GLU) else call.kwargs.get("dim", (*call.args, -1)[1])
+        shares = (0.5, 0.5) if self.signal is None else (1.0, 0.0)
+        return backward_by(functools.partial(_glu, shares, dim, call.carries_relevance), call.output, call.inputs)
+
 
 def _gated(shares: tuple[float, ...], relevance: bool, flow: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if relevance:
         return flow * shares[0], flow * shares[1]
     return flow * b * shares[0], flow * a * shares[1]
+
+
+def _glu(shares: tuple[float, float], dim: int, relevance: bool, flow: Tensor, x: Tensor) -> tuple[Tensor]:
+    """``a * sigmoid(b)``: the sigmoid hands its relevance on as it is, in the gradient convention as the ratio to b."""
+    if relevance:
+        return (torch.cat([flow * share for share in shares], dim),)
+    a, b = x.chunk(2, dim)
+    gate, near = b.sigmoid(), b.abs() <= _NEAR
+    ratio = torch.where(near, gate * (1 - gate), gate / torch.where(near, 1.0, b))
+    return (torch.cat([flow * gate * shares[0], flow * a * ratio * shares[1]], dim),)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,7 +208,8 @@ class Composite(Replaceable):
             report.unruled.update(kinds)
         scripted = any(isinstance(known[path], torch.jit.ScriptModule) for path in paths)
         what = "modules that torch.jit has compiled" if scripted else "parametrised modules"
-        kind = "torch.jit.ScriptModule" if scripted else repr(paths[0])
+        types = [type(known[path]).__name__ for path in paths]
+        kind = "torch.jit.ScriptModule" if scripted else repr(paths[0]) if types.count(types[0]) == 1 else types[0]
         self.missing(f"{what} without a rule: {', '.join(kinds)}", f"{{{kind}: EpsilonRule()}}")
 
     def missing(self, what: str, fix: str) -> None:
@@ -222,6 +223,7 @@ class Composite(Replaceable):
 
 
 _UNSAID: Any = object()
+_HOLDERS = (nn.Embedding, nn.EmbeddingBag, TensorDictParams, nn.ParameterList, nn.ParameterDict)
 SUMS = frozenset(
     {f"{kind}avg_pool{n}d" for kind in ("", "adaptive_") for n in (1, 2, 3)}
     | {"add", "sub", "sum", "mean", "cumsum", "trace", "diff", "neg", "abs", "lerp", "fold", "interpolate", "upsample"}
@@ -275,7 +277,7 @@ def _needs_a_rule(module: nn.Module) -> bool:
         return True
     has = next(module.parameters(recurse=False), None) is not None or "parametrizations" in module._modules
     leaf = all(name == "parametrizations" for name in module._modules)
-    return has and leaf and not isinstance(module, (nn.Embedding, nn.EmbeddingBag, TensorDictParams))
+    return has and leaf and not isinstance(module, _HOLDERS)
 
 
 def _table(name: str, rows: Iterable[tuple[str, Rule | None]], convention: str) -> str:

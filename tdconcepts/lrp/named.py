@@ -83,7 +83,7 @@ def BaseRuleMapper(  # noqa: N802
         **dict.fromkeys(["matmul", "baddbmm", "einsum", "dot", "inner", "outer", "bilinear"], product),
         **dict.fromkeys(["tensordot", "kron"], product),
         "batch_norm": batches,
-        "mul": GatedProductRule(stabilizer, signal=1 if constant else None),
+        **dict.fromkeys(["mul", "glu"], GatedProductRule(stabilizer, signal=1 if constant else None)),
         "div": NumeratorRule(),
         "softmax": softmax,
         "scaled_dot_product_attention": AttentionRule(constant),
@@ -239,7 +239,9 @@ def AttnLRP(epsilon: Stabilizing = 0.0, stabilizer: Stabilizing = 1e-9, rule_map
 def CPLRP(epsilon: Stabilizing = 0.0, stabilizer: Stabilizing = 1e-9, rule_mapper: More = None) -> Composite:  # noqa: N802
     """For transformers: attention weights and gates are constants, so relevance is conserved.
 
-    Arguments as of :func:`AttnLRP`.
+    Of a product ``act(gate) * up`` the second factor is the signal; where it is the first one, as in ``x *
+    sigmoid(gate)``, write ``CPLRP() | Composite(operations={"mul": GatedProductRule(signal=0)})``. Arguments as of
+    :func:`AttnLRP`.
 
     Source: Ali et al., *XAI for transformers: better explanations through conservative propagation*, 2022.
 

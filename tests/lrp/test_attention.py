@@ -229,3 +229,33 @@ def test_grouped_queries_causal_and_scaled(options, convention):
         found.append(torch.autograd.grad(out, [q, k, v], start))
     for ours, wanted in zip(*found, strict=True):
         close(ours, wanted, 1e-6)
+
+
+class Gate(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.up, self.down, self.how = nn.Linear(3, 8).double(), nn.Linear(4, 2).double(), how
+
+    def forward(self, x):
+        return self.down(self.how(self.up(x)))
+
+
+@pytest.mark.parametrize("convention", ["gradient", "relevance"])
+@pytest.mark.parametrize("how", [F.glu, nn.GLU(), lambda x: F.glu(x, dim=1), lambda x: F.glu(x, -1)])
+def test_a_gated_linear_unit_is_a_product_with_a_sigmoid(how, convention):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    net, plain = Gate(how), Gate(lambda x: x[:, :4] * x[:, 4:].sigmoid())
+    plain.load_state_dict(net.state_dict())
+    signal = Composite(operations={"mul": GatedProductRule(signal=0)})  # by default it is the second factor
+    for composite in (AttnLRP(), CPLRP() | signal):
+        found, wanted = (
+            torch.autograd.grad(composite.on(each, convention)(x)[:, 0].sum(), x)[0] for each in (net, plain)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gate_at_zero():
+    x = torch.tensor([[2.0, 0.0]], requires_grad=True)
+    with GatedProductRule().on(nn.GLU()) as m:
+        assert torch.autograd.grad(m(x), x, torch.ones(1, 1))[0].allclose(torch.tensor([[0.25, 0.25]]))
