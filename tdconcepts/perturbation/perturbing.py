@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from tdconcepts.hooks.leaves import pick, put
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.baselines import Baselines, background, check_baselines, group_of, start
+from tdconcepts.perturbation.layout import Layout
 from tdconcepts.perturbation.masks import Masks, check_masks, keyed_groups, mask_key, numbered
 
 __all__ = ["Game", "Perturbed", "Perturbing"]
@@ -60,6 +62,7 @@ class Perturbing:
         check_options(options, [*Running.__annotations__, *Options.__annotations__, *_OWN])
         self.explaining = this = Explaining(module, target, wrt, {k: v for k, v in options.items() if k not in _OWN})
         self.mask, self.baseline = options.get("mask"), options.get("baseline")
+        self.layout = Layout(module)
         whole = this.pullback
         check_masks(self.mask, whole.wrt)
         check_baselines(self.baseline, list(whole.names))
@@ -105,7 +108,7 @@ class Perturbing:
 
 
 _OWN, _NONE = ("mask", "baseline"), torch.zeros(0, dtype=torch.long)
-_TABLE = 2**22  # the largest table of subsets that is made at once
+_MASKS = 2**18  # the elements of what stays that are worked out at once: they are still in the cache when used
 
 
 class Game:
@@ -135,6 +138,10 @@ class Game:
         self.starts = {w: start(given, names[w], end, td) for w, end in self.ends.items() if self.rows[w] is None}
         self.ids, self.count = numbered(owner.mask, self.ends, td, also)
         self.device = next(iter(self.ends.values())).device
+        self.layout, own = owner.layout, path.is_inner or graph
+        self.turned = {w: not own and self.layout.takes(end) for w, end in self.ends.items()}
+        for values in (self.ends, self.starts):
+            values.update({w: self.layout.of(value) for w, value in values.items() if self.turned[w]})
         self._short: dict[Wrt, tuple[Tensor, int]] = {}
 
     def values(self, n: int, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None = None) -> Tensor:
@@ -147,14 +154,17 @@ class Game:
         """
         this, td, path, batch = self.owner.explaining, self.td, self.path, self.td.batch_size
         others = [key for key in path.reads(td) if key not in path.wrt]
-        rows = this.rows(td, path.in_keys, self.sites.values())
-        found, every = [], torch.arange(n * self.copies, device=self.device)
-        for group in this.tracked(groups(n * self.copies, rows, td.numel()), "forward passes"):
+        rows, copies = this.rows(td, path.in_keys, self.sites.values()), self.copies
+        stay = {w: _Table(n, functools.partial(self._lying, w, kept), ids.numel()) for w, ids in self.ids.items()}
+        found, every, turned = [], torch.arange(n * copies, device=self.device), any(self.turned.values())
+        for group in this.tracked(groups(n * copies, rows, td.numel()), "forward passes"):
             m = len(group)
             at = every[group.start : group.stop]
-            points = {w: spread(self._moved(w, at, kept, other), m, batch) for w in path.wrt}
+            points = {w: spread(self._moved(w, at, stay[w](at, group, copies), other), m, batch) for w in path.wrt}
             held = None if self.held is None else spread(self.held.expand(m, *self.held.shape), m, batch)
-            value, _ = path.evaluate(expand(td, m, others), points, held, create_graph=this.create_graph)
+            work = expand(td, m, others)
+            evaluate = functools.partial(path.evaluate, work, held=held, create_graph=this.create_graph)
+            value, _ = self.layout.run(evaluate, points) if turned else evaluate(points)
             found.append(gather(value, m, batch))
         values = torch.cat(found)
         return values.unflatten(0, (n, self.copies)).mean(1) if self.copies > 1 else values
@@ -162,15 +172,9 @@ class Game:
     def coalitions(self, n: int, kept: Callable[[Tensor], Tensor]) -> Tensor:
         """The explained numbers where experiments ``[m]`` keep the features ``kept(experiments)``, ``[m, count]``."""
 
-        def with_none(at: Tensor) -> Tensor:  # with a column for -1, the elements that are never touched
-            return torch.nn.functional.pad(kept(at), (0, 1), value=True)
-
-        whole = n * (self.count + 1) <= _TABLE
-        table = with_none(torch.arange(n, device=self.device)) if whole else None
-
         def elements(at: Tensor, w: Wrt) -> Tensor:
             ids, run = self._runs(w)
-            stay = with_none(at) if table is None else table[at]
+            stay = torch.nn.functional.pad(kept(at), (0, 1), value=True)  # -1: the elements that are never touched
             return _repeated(stay.to(ids.device)[:, ids], run)
 
         return self.values(n, elements)
@@ -221,16 +225,21 @@ class Game:
             self._short[w] = _shortened(ids) if masked else (ids, 1)
         return self._short[w]
 
-    def _moved(self, w: Wrt, at: Tensor, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None) -> Tensor:
+    def _lying(self, w: Wrt, kept: Callable[[Tensor, Wrt], Tensor], at: Tensor) -> Tensor:
+        """The elements that stay, lying in memory as the values do."""
+        stay, end = kept(at, w), self.ends[w]
+        return self.layout.turned(stay.expand(*stay.shape[:-3], *end.shape[-3:])) if self.turned[w] else stay
+
+    def _moved(self, w: Wrt, at: Tensor, stay: Tensor, other: Other | None) -> Tensor:
         end, rows, lead, copies = self.ends[w], self.rows[w], self.lead, self.copies
-        experiment = at // copies if copies > 1 else at
-        stay = kept(experiment, w)
         if other is not None:
-            base = other(experiment, w)
+            base = other(at // copies if copies > 1 else at, w)
         elif rows is not None:
             base = rows[(at % copies).to(rows.device)].reshape(len(at), *[1] * lead, *end.shape[lead:])
         else:
             base = self.starts[w]
+        if self.turned[w]:
+            return self.layout.back(torch.where(stay, self.layout.turned(end), self.layout.turned(base)))
         moved = torch.where(stay, end, base)
         if isinstance(w, Site) and w.index is not None:
             whole = self.sites[w]
@@ -239,6 +248,25 @@ class Game:
 
 
 Other = Callable[[Tensor, Wrt], Tensor]
+
+
+class _Table:
+    """What ``make(experiments)`` gives, for one group of experiments after the other.
+
+    It is made for many at once, so that there is nothing to do for most groups but to cut them out.
+    """
+
+    def __init__(self, n: int, make: Callable[[Tensor], Tensor], size: int) -> None:
+        self.n, self.make, self.most = n, make, _MASKS // max(1, size)
+        self.made, self.rows = range(0), torch.zeros(0)
+
+    def __call__(self, at: Tensor, group: range, copies: int) -> Tensor:
+        first, last = group.start // copies, (group.stop - 1) // copies
+        if last not in self.made or first not in self.made:
+            self.made = range(first, min(self.n, max(last + 1, first + self.most)))
+            self.rows = self.make(torch.arange(self.made.start, self.made.stop, device=at.device))
+        found = self.rows[first - self.made.start : last + 1 - self.made.start]
+        return found if copies == 1 else found[(at // copies - first).to(found.device)]
 
 
 def _shortened(ids: Tensor) -> tuple[Tensor, int]:
