@@ -177,6 +177,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _joined(before: tuple[Run, ...], run: Run, entered: bool) -> tuple[Run, ...]:
+    run.since = next((other.since for other in before if entered and other.owner is run.owner), _next(before))
     others = [
         run if entered and other.owner is run.owner else other.anew(run) if other.standing else other
         for other in before
@@ -188,6 +189,10 @@ def _joined(before: tuple[Run, ...], run: Run, entered: bool) -> tuple[Run, ...]
     return (*standing, run, *[other for other in others if not other.standing])
 
 
+def _next(before: tuple[Run, ...]) -> int:
+    return 1 + max([other.since for other in before], default=0)
+
+
 def enter(run: Run) -> None:
     """Let ``run`` stand on this thread until :func:`leave`: direct calls of the model obey its plan."""
     if any(other.owner is run.owner for other in _ACTIVE.runs):
@@ -197,6 +202,7 @@ def enter(run: Run) -> None:
             fix="make a second context: contexts of one model nest",
         )
     install(run.plan)
+    run.since = _next(_ACTIVE.runs)
     _ACTIVE.runs = (*_ACTIVE.runs, run)
     if run.plan.sees_functions:
         push(Functions(run.plan, _ACTIVE))

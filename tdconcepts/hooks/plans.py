@@ -130,10 +130,10 @@ class Run:
     """One forward of a model under a plan: what its steps have stored, and how often each place was reached.
 
     A *standing* run is what a context leaves on the thread for direct calls of the model; it starts anew at each of
-    them.
+    them. ``since``: of two runs on a thread, the later one has the greater number.
     """
 
-    __slots__ = ("active", "calls", "inside", "owner", "plan", "reached", "standing", "store", "td")
+    __slots__ = ("active", "calls", "inside", "owner", "plan", "reached", "since", "standing", "store", "td")
 
     def __init__(
         self, plan: Plan, td: TensorDictBase | None = None, owner: object = None, standing: bool = False
@@ -144,6 +144,7 @@ class Run:
         self.reached: set[str] = set()
         self.active = not standing
         self.inside = 0  # modules with a rule that are running now
+        self.since = 0
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Start counting anew: the model is called once more."""
@@ -167,7 +168,7 @@ class Run:
         if self.plan.only_through and run.plan.root is self.plan.root:
             raise _only_through(self.plan.only_through)
         other = Run(self.plan, run.td, self.owner, standing=True)
-        other.reached, other.active = self.reached, True
+        other.reached, other.active, other.since = self.reached, True, self.since
         return other
 
     def fire(self, steps: tuple[Step, ...], tree: Any, given: Any = None) -> Any:

@@ -24,6 +24,7 @@ from tdconcepts.hooks.calls import (
 from tdconcepts.hooks.contexts import active
 from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, overwrite, tensors
 from tdconcepts.hooks.hooked import Hooked
+from tdconcepts.hooks.nesting import alone, overruled, refuse_mixture, yields
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.programs import Programs, _Adds
 from tdconcepts.hooks.sites import Place, Site, places
@@ -158,17 +159,18 @@ class Rules(_Adds):
         safe = all(map(_overwrites_nothing, module.modules()))
         how = _How(self, safe)
         steps = []
-        taken = [pair for pair in chosen.values() if not pair[1].is_plain(self.convention) or self.report or self.first]
-        for place, rule in taken:
+        for place, rule in chosen.values():
+            if rule.is_plain(self.convention) and not (self.report or self.first):
+                if any(rule is other for other in self.operations.values()):
+                    continue  # what the layer calls is plain too, so that it needs no tap
             leave = _Leave(place, rule, how, self.first)
             steps.append(
                 Step(place._replace(side="input", name=f"{place.name}:in"), _Enter(leave), every=True, whole=True)
             )
             steps.append(Step(place._replace(side="output"), leave, every=True, whole=True))
         if self.operations or self.first is not None or self.unknown is not None:
-            ruled = {n: r for n, r in self.operations.items() if not r.is_plain(self.convention) or self.report}
-            operate = _Operate(ruled if self.first is None else self.operations, how, self.first, self.unknown)
-            steps.append(Step(_whole(module)._replace(side="input"), operate, every=True, whole=True))
+            whole = _whole(module)._replace(side="input")
+            steps.append(Step(whole, _Operate(self, how), every=True, whole=True))
         return [Bound(tuple(steps))]
 
     def around(self, module: nn.Module, steps: list[Step]) -> list[Step]:
@@ -203,11 +205,11 @@ class _Enter:
 
     def __call__(self, tree: Any, run: Run, given: Any) -> Any:
         run.inside += 1
-        if run.inside > 1 or not torch.is_grad_enabled() or _overruled(run, self.leave.place.module):
+        if run.inside > 1 or not torch.is_grad_enabled() or overruled(run, self.leave.place.module):
             return tree
         if not any(map(depends, tensors(tree))):
             return tree
-        refuse_mixture(run, self.leave)
+        refuse_mixture(run, self.leave.how.convention, self.leave.rule, self.leave.place.name)
         rule = run.store[("rule", self.leave)] = self.leave.chosen(run)
         last = run.store.pop("last call", None)
         if last is not None and tree[0] and tree[0][0] is last[2]:
@@ -256,8 +258,10 @@ class _Leave:
 class _Operate:
     """What a function mode does with each call of a function."""
 
-    def __init__(self, operations: Mapping[str, Rule], how: _How, first: Any, unknown: Any) -> None:
-        self.operations, self.how, self.first, self.unknown = operations, how, first, unknown
+    def __init__(self, rules: Rules, how: _How) -> None:
+        self.covers, self.how, self.first, self.unknown = rules.operations, how, rules.first, rules.unknown
+        acts = {n: r for n, r in rules.operations.items() if not r.is_plain(rules.convention) or rules.report}
+        self.operations = acts if rules.first is None else rules.operations
 
     def __call__(self, tree: Any, run: Run, given: Any) -> Any:
         return tree
@@ -265,6 +269,16 @@ class _Operate:
     def operate(self, run: Run, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` under the rule of its name, if there is one."""
         name = operation_name(func)
+        runs = active()
+        if len(runs) > 1:
+            if yields(run, name):
+                return func(*args, **kwargs)
+            if name in self.covers:
+                with alone(run):
+                    return self._operated(run, name, func, args, kwargs)
+        return self._operated(run, name, func, args, kwargs)
+
+    def _operated(self, run: Run, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         rule = self.operations.get(name)
         if rule is None and (self.unknown is None or self.unknown.knows(name)):
             output = func(*args, **kwargs)
@@ -278,6 +292,7 @@ class _Operate:
             if any(map(depends, tensors(output))):
                 self.unknown(name)
             return output
+        refuse_mixture(run, self.how.convention, rule, name)
         if self.first is not None and "first layer" not in run.store and self.first[0](name):
             run.store["first layer"] = name
             rule = self.first[1]
@@ -350,34 +365,6 @@ def _numbered(name: str, run: Run) -> str:
     """The name of an operation in the report: ``"add"`` for its first call in a run, then ``"add#1"``, ``"add#2"``."""
     times = run.store["times", name] = run.store.get(("times", name), -1) + 1
     return f"{name}#{times}" if times else name
-
-
-def refuse_mixture(run: Run, leave: _Leave) -> None:
-    """Raise where another context on this thread carries the other convention through the same model."""
-    runs = active()
-    if len(runs) < 2:
-        return
-    for other in runs:
-        for steps in other.plan.outputs.values() if other is not run else ():
-            for step in steps:
-                theirs = step.act
-                if isinstance(theirs, _Leave) and theirs.how.convention != leave.how.convention:
-                    raise BadValue(
-                        "two contexts mix two conventions",
-                        got=f"{leave.rule!r} at {leave.place.name!r} ({leave.how.convention}) and "
-                        f"{theirs.rule!r} at {theirs.place.name!r} ({theirs.how.convention})",
-                        needed="one convention for all: the gradient, or relevance",
-                        fix=f'.on(model, convention="{theirs.how.convention}")',
-                    )
-
-
-def _overruled(run: Run, module: nn.Module) -> bool:
-    """Whether a context that was entered later has a rule for the same module."""
-    runs = active()
-    if runs[-1] is run:
-        return False
-    later = runs[[other is run for other in runs].index(True) + 1 :]
-    return any(isinstance(step.act, _Leave) for other in later for step in other.plan.outputs.get(module, ()))
 
 
 def _overwrites_nothing(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules import batchnorm, pooling
 
 from tdconcepts.hooks.carrying import CARRIED
+from tdconcepts.hooks.flows import operation_of
 
 __all__ = [
     "ELEMENTWISE",
@@ -171,29 +172,3 @@ def is_operation(name: str) -> bool:
     if name in PLAIN or any(hasattr(place, word) for place in (torch, torch.Tensor, nn.functional) for word in spelled):
         return True
     return bool(inner) and hasattr(getattr(torch, group, None), inner)
-
-
-def operation_of(layer: nn.Module) -> str:
-    """The name of the one function that a layer of torch calls, if it is such a layer; else ``""``.
-
-    Examples:
-        >>> operation_of(nn.Conv2d(1, 1, 1)), operation_of(nn.SiLU()), operation_of(nn.LSTM(1, 1))
-        ('conv2d', 'silu', '')
-    """
-    return _OPERATION_OF.get(type(layer), "") if "parametrizations" not in layer._modules else ""
-
-
-_OPERATION_OF: dict[type, str] = {
-    nn.Linear: "linear",
-    **{getattr(nn, f"Conv{n}d"): f"conv{n}d" for n in (1, 2, 3)},
-    **{getattr(nn, f"ConvTranspose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
-    **{getattr(nn, f"BatchNorm{n}d"): "batch_norm" for n in (1, 2, 3)},
-    **{getattr(nn, f"AvgPool{n}d"): f"avg_pool{n}d" for n in (1, 2, 3)},
-    **{getattr(nn, f"AdaptiveAvgPool{n}d"): f"adaptive_avg_pool{n}d" for n in (1, 2, 3)},
-    nn.LayerNorm: "layer_norm",
-    nn.GroupNorm: "group_norm",
-    nn.RMSNorm: "rms_norm",
-    nn.Softmax: "softmax",
-    nn.LeakyReLU: "leaky_relu",
-    **{kind: kind.__name__.lower() for kind in _ACTIVATIONS if kind.__name__.lower() in ELEMENTWISE},
-}
