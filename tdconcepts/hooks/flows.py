@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.modules import activation
 
 from tdconcepts.hooks.twice import ByFormulaOnce, now
 
@@ -18,7 +17,6 @@ __all__ = [
     "depends",
     "is_inplace",
     "operation_name",
-    "operation_of",
     "overwritable",
     "tensors",
     "untransformed",
@@ -156,31 +154,6 @@ _INPLACE = frozenset(
     for name in dir(torch.Tensor)
     if (name.endswith("_") and not name.endswith("__")) or (name[:3] == "__i" and name[3:-2] in _REFLECTED)
 )
-
-
-def operation_of(layer: nn.Module) -> str:
-    """The name of the one function that a layer of torch calls, if it is such a layer; else ``""``.
-
-    Examples:
-        >>> operation_of(nn.Conv2d(1, 1, 1)), operation_of(nn.SiLU()), operation_of(nn.LSTM(1, 1))
-        ('conv2d', 'silu', '')
-    """
-    return _OPERATION_OF.get(type(layer), "") if "parametrizations" not in layer._modules else ""
-
-
-_OPERATION_OF: dict[type, str] = {
-    nn.Linear: "linear",
-    **{getattr(nn, f"Conv{n}d"): f"conv{n}d" for n in (1, 2, 3)},
-    **{getattr(nn, f"ConvTranspose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
-    **{getattr(nn, f"BatchNorm{n}d"): "batch_norm" for n in (1, 2, 3)},
-    **{getattr(nn, f"AvgPool{n}d"): f"avg_pool{n}d" for n in (1, 2, 3)},
-    **{getattr(nn, f"AdaptiveAvgPool{n}d"): f"adaptive_avg_pool{n}d" for n in (1, 2, 3)},
-    nn.LayerNorm: "layer_norm",
-    nn.GroupNorm: "group_norm",
-    nn.RMSNorm: "rms_norm",
-    nn.LeakyReLU: "leaky_relu",
-    **{getattr(nn, name): name.lower() for name in activation.__all__ if hasattr(nn.functional, name.lower())},
-}
 
 
 def depends(value: Any) -> bool:

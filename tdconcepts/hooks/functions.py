@@ -1,4 +1,4 @@
-"""Functional calls under a plan: the function mode that shows them to it, and where modes stand on the thread."""
+"""Functional calls under a plan: the mode that shows them to it, where modes stand, and which layer makes which."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules import activation
 from torch.overrides import TorchFunctionMode
 
 from tdconcepts.hooks.plans import Plan
 
-__all__ = ["Functions", "push", "withdraw"]
+__all__ = ["Functions", "operation_of", "push", "withdraw"]
 
 
 class Functions(TorchFunctionMode):
@@ -52,3 +54,28 @@ def withdraw(plan: Plan) -> None:
         above.append(mode)
     for mode in reversed(above):
         torch._C._push_on_torch_function_stack(mode)
+
+
+def operation_of(layer: nn.Module) -> str:
+    """The name of the one function that a layer of torch calls, if it is such a layer; else ``""``.
+
+    Examples:
+        >>> operation_of(nn.Conv2d(1, 1, 1)), operation_of(nn.SiLU()), operation_of(nn.LSTM(1, 1))
+        ('conv2d', 'silu', '')
+    """
+    return _OPERATION_OF.get(type(layer), "") if "parametrizations" not in layer._modules else ""
+
+
+_OPERATION_OF: dict[type, str] = {
+    nn.Linear: "linear",
+    **{getattr(nn, f"Conv{n}d"): f"conv{n}d" for n in (1, 2, 3)},
+    **{getattr(nn, f"ConvTranspose{n}d"): f"conv_transpose{n}d" for n in (1, 2, 3)},
+    **{getattr(nn, f"BatchNorm{n}d"): "batch_norm" for n in (1, 2, 3)},
+    **{getattr(nn, f"AvgPool{n}d"): f"avg_pool{n}d" for n in (1, 2, 3)},
+    **{getattr(nn, f"AdaptiveAvgPool{n}d"): f"adaptive_avg_pool{n}d" for n in (1, 2, 3)},
+    nn.LayerNorm: "layer_norm",
+    nn.GroupNorm: "group_norm",
+    nn.RMSNorm: "rms_norm",
+    nn.LeakyReLU: "leaky_relu",
+    **{getattr(nn, name): name.lower() for name in activation.__all__ if hasattr(nn.functional, name.lower())},
+}

@@ -10,7 +10,7 @@ from torch import nn
 
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks.contexts import active
-from tdconcepts.hooks.flows import operation_of
+from tdconcepts.hooks.functions import operation_of
 from tdconcepts.hooks.plans import Run
 
 __all__ = ["alone", "overruled", "refuse_mixture", "yields"]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules import batchnorm, pooling
 
 from tdconcepts.hooks.carrying import CARRIED
-from tdconcepts.hooks.flows import operation_of
+from tdconcepts.hooks.functions import operation_of
 
 __all__ = [
     "ELEMENTWISE",
