@@ -9,13 +9,19 @@ copyright = "The tdconcepts authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "alabaster"
-html_theme_options = {"description": "TensorDict-native hooks for interpretability", "page_width": "1100px"}
+html_theme_options = {
+    "description": "TensorDict-native hooks for interpretability",
+    "page_width": "1300px",
+    "body_max_width": "none",
+    "code_font_size": "0.8em",  # lines of code have up to 120 characters
+}
 
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
 
 
 def tables(app, what, name, obj, options, lines: list[str]) -> None:
@@ -34,5 +40,11 @@ def tables(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = out
 
 
+def fields(app, what, name, obj, skip, options) -> bool | None:
+    """The fields of a named tuple are described by its arguments; "Alias for field number 0" says nothing."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", tables)
+    app.connect("autodoc-skip-member", fields)
