@@ -96,8 +96,13 @@ class Rule:
 class _Scale:
     """Each flow times the value that it belongs to: from ratios to relevance."""
 
+    def __init__(self, how: _How) -> None:
+        self.how = how
+
     def __call__(self, value: Any) -> Any:
-        return backward_by(_times, value, [value], value.clone(), keep=False) if depends(value) else value
+        if not depends(value):
+            return value
+        return backward_by(_times, value, [value], value if self.how.safe else value.clone(), keep=False)
 
 
 def _times(flow: Tensor, factor: Tensor) -> tuple[Tensor]:
@@ -218,7 +223,7 @@ class _Enter:
             run.store[("given", self.leave)] = changed(tree, torch.clone)
         tree = watched(tree, self.leave.how, self.leave.place.name, rule, "in")
         if rule.scaled and self.leave.how.convention == "relevance":
-            tree = changed(tree, _Scale())
+            tree = changed(tree, _Scale(self.leave.how))
         return tree
 
 
@@ -311,7 +316,7 @@ class _Operate:
         shown = name if self.how.report is None else _numbered(name, run)
         given = (args, kwargs) = watched((args, kwargs), self.how, shown, rule, "in")
         if rule.scaled and self.how.convention == "relevance":
-            args, kwargs = changed(given, _Scale())
+            args, kwargs = changed(given, _Scale(self.how))
         args, kwargs = rule.prepare(name, args, kwargs)
         output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
         if not any(value.is_floating_point() for value in tensors(output)):

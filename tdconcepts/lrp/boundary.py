@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.flows import backward_by, untransformed
 from tdconcepts.hooks.rules import Call, Rule
 from tdconcepts.lrp.affine import Affine, affine, is_convolution, is_linear, padded
@@ -147,7 +147,8 @@ class ZBoxRule(Rule):
         zero_params: names of parameters that count as zero.
 
     Raises:
-        BadValue: a low that is not below high; at the call, for what is no linear layer or convolution.
+        BadType: a bound that is no number. BadValue: a low that is not below high, a NaN; at the call, for what is no
+            linear layer or convolution.
 
     Source: Montavon et al., *Explaining nonlinear classification decisions with deep Taylor decomposition*, 2017.
 
@@ -168,8 +169,12 @@ class ZBoxRule(Rule):
 
     def __post_init__(self) -> None:
         check_stabilizer(self.epsilon)
-        low, high = (torch.as_tensor(bound).detach() for bound in (self.low, self.high))
-        if bool(low.min() > high.max() if low.shape != high.shape else (low > high).any()):
+        low, high = (_number("low", self.low), _number("high", self.high))
+        try:
+            empty = bool((low > high).any())
+        except RuntimeError:  # for inputs of several shapes
+            empty = bool(low.min() > high.max())
+        if empty:
             raise BadValue("the box is empty", got=f"low={self.low!r}, high={self.high!r}", needed="low <= high")
 
     def carry(self, call: Call) -> Tensor:
@@ -177,6 +182,16 @@ class ZBoxRule(Rule):
         view = affine(call, self, self.zero_params)
         low, high = (padded(call.module, _bound(bound, call.inputs[0], self, call)) for bound in (self.low, self.high))
         return _ended(call, view.x, functools.partial(_zbox, self.epsilon, view, low, high))
+
+
+def _number(name: str, bound: Any) -> Tensor:
+    try:
+        value = torch.as_tensor(bound).detach()
+    except (TypeError, RuntimeError, ValueError):
+        raise BadType(f"{name} is no bound", got=repr(bound), needed="a number, or a tensor of numbers") from None
+    if value.is_complex() or value.dtype == torch.bool or value.numel() == 0 or bool(value.isnan().any()):
+        raise BadValue(f"{name} is no bound", got=repr(bound), needed="a number, or a tensor of numbers")
+    return value
 
 
 def _bound(bound: Any, x: Tensor, rule: Rule, call: Call) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from lrp.cases import LAYERS, case, close, dense, layer_and_inputs, linear, relevance, stab
 from torch import nn
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.lrp import EpsilonRule, FlatRule, WSquareRule, ZBoxRule
 from tdconcepts.lrp.boundary import nonzero
 
@@ -83,6 +83,12 @@ def test_in_the_middle():
 
 
 def test_bad_bounds():
+    for low, high in ((torch.tensor([0.0, 2.0]), 1.0), (torch.zeros(3, 1), torch.tensor([1.0, -1.0]))):
+        with pytest.raises(BadValue, match="box is empty"):
+            ZBoxRule(low, high)
+    for wrong in (None, "low", [], float("nan"), torch.tensor([0.0, torch.nan]), True, 1j):
+        with pytest.raises((BadValue, BadType), match="low is no bound"):
+            ZBoxRule(wrong, 1.0)
     with pytest.raises(BadValue, match="box is empty"):
         ZBoxRule(1.0, 0.0)
     with (
