@@ -1,5 +1,6 @@
 """How sphinx builds these pages: `make docs`."""
 
+import inspect
 import re
 
 import tdconcepts  # noqa: F401 - an environment without the package gives this error, not a page of them
@@ -45,6 +46,15 @@ def fields(app, what, name, obj, skip, options) -> bool | None:
     return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
+def constructor(app, what, name, obj, options, signature: str | None, returns) -> tuple[str, str] | None:
+    """The arguments of a TensorDictModule, which its metaclass hides."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    given = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    return str(inspect.Signature([one.replace(annotation=one.empty) for one in given])), returns
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", constructor)
     app.connect("autodoc-process-docstring", tables)
     app.connect("autodoc-skip-member", fields)
