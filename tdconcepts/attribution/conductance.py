@@ -230,7 +230,7 @@ class NeuronConductance(IntegratedGradients):
             for w in path.wrt:
                 many.set(w, spread(self._points(starts[w], steps[w], some), n, batch))
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
-            pulled = self._flow(many, create_graph=this.create_graph, held=kept, width=this.width(many))
+            pulled = self._flow(many, create_graph=this.create_graph, held=kept, width=this.width(td, n))
             flow, at = pulled.gradients[0], many.batch_dims
             several = pulled.values.ndim > at
             each = []
@@ -280,7 +280,7 @@ def _walk(
             at = torch.tensor(alphas[some], dtype=end.dtype, device=end.device).view(-1, *[1] * end.ndim)
             many.set(key, spread(start + at * (end - start), n, batch))
         kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
-        pulled = path(many, create_graph=this.create_graph, snapshot=True, held=kept, width=this.width(many))
+        pulled = path(many, create_graph=this.create_graph, snapshot=True, held=kept, width=this.width(td, n))
         several = pulled.values.ndim > many.batch_dims
         yield _Leg(some, gather(pulled.points[0], n, batch), gather(pulled.gradients[0], n, batch), several)
 

@@ -145,7 +145,7 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
                     step = ends[w] - gather(before[w], n, batch)
                     steps[w] = pick(step, w.index, 1 + lead) if isinstance(w, Site) else step
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
-            pulled = pullback(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
+            pulled = pullback(many, points, create_graph=this.create_graph, held=kept, width=this.width(td, n))
             several = pulled.values.ndim > many.batch_dims
             for w, gradient in zip(pullback.wrt, pulled.gradients, strict=True):
                 step = steps[w].unsqueeze(1 + lead) if several else steps[w]

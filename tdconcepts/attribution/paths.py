@@ -163,7 +163,7 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
             many = expand(td, n, others)
             points = {w: spread(self._points(starts[w], steps[w], some), n, batch) for w in path.wrt}
             kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
-            pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(many))
+            pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(td, n))
             for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
                 each = gather(gradient, n, batch)
                 weights = _cut(self._rule_as(each.dtype, each.device)[1], some)

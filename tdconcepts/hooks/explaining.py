@@ -177,9 +177,11 @@ class Explaining:
         """``pieces``, with a progress bar where one is wanted."""
         return tracked(pieces, self.progress, what) if self.progress else pieces
 
-    def width(self, td: TensorDictBase) -> int:
-        """How many targets are pulled back at once within ``chunk_size``, or a choice: few are faster one by one."""
-        width = max(1, self.rows(td, self.in_keys) // max(1, td.numel()))
+    def width(self, td: TensorDictBase, copies: int = 1) -> int:
+        """How many targets are pulled back at once, with so many copies of the batch in flight: what ``chunk_size``
+        leaves, or a choice. Few are faster one by one.
+        """
+        width = max(1, self.rows(td, self.in_keys) // max(1, copies * td.numel()))
         return width if self.chunk_size is not None or width >= _FEW else 1
 
     def written(self, outputs: TensorDictBase) -> dict[NestedKey, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from tdconcepts.errors import BadValue
 
@@ -32,25 +34,87 @@ def vector_jacobian(
     if not several:
         seed = torch.ones_like(values)
         return list(torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True))
-    each = seeds(values)
-    step = max(1, width or len(each))
+    outputs, each, count = values, seeds(values), values.shape[-1]
+    step = max(1, width or count)
+    if step == 1 < count and not create_graph and (neck := _neck(values, inputs)) is not None:
+        (each,) = torch.autograd.grad(values, [neck], each, retain_graph=True, is_grads_batched=True)
+        outputs = neck
+    together: list[Tensor | None] = [None] * len(inputs)
     parts: list[Sequence[Tensor | None]] = []
-    for start in range(0, len(each), step):
-        keep = create_graph or start + step < len(each)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
         found = torch.autograd.grad(
-            values,
+            [outputs],
             inputs,
-            each[start] if step == 1 else each[start : start + step],
-            retain_graph=keep,
+            [each[start] if step == 1 else each[start:stop]],
+            retain_graph=create_graph or stop < count,
             create_graph=create_graph,
             allow_unused=True,
             is_grads_batched=step > 1,
         )
-        parts.append(found if step > 1 else [None if g is None else g.unsqueeze(0) for g in found])
+        if create_graph or stop - start == count:
+            parts.append(found if step > 1 else [None if g is None else g.unsqueeze(0) for g in found])
+        else:
+            at = start if step == 1 else slice(start, stop)
+            together = [_put(g, many, at, values) for g, many in zip(found, together, strict=True)]
+    if not parts:
+        return together
     return [
         None if piece[0] is None else torch.cat(piece) if len(piece) > 1 else piece[0]
         for piece in zip(*parts, strict=True)
     ]
+
+
+def _put(piece: Tensor | None, many: Tensor | None, at: int | slice, values: Tensor) -> Tensor | None:
+    """``piece`` at its place in ``many`` ``[T, *B, ...]``, whose memory is in the order ``[*B, T, ...]``."""
+    if many is None and piece is not None:
+        lead, row = values.ndim - 1, piece.shape if isinstance(at, int) else piece.shape[1:]
+        many = piece.new_zeros(*row[:lead], values.shape[-1], *row[lead:]).movedim(min(lead, len(row)), 0)
+    if many is not None and piece is not None:
+        many[at] = piece
+    return many
+
+
+# Backward passes that are faster for many flows at once: a matrix is read once for all; and what lies between these.
+_MATRICES = frozenset(["AddmmBackward0", "MmBackward0"])
+_BETWEEN = frozenset(
+    [
+        *("ViewBackward0", "UnsafeViewBackward0", "CloneBackward0", "SqueezeBackward1", "UnsqueezeBackward0"),
+        *("SliceBackward0", "IndexBackward0", "SelectBackward0", "TransposeBackward0", "PermuteBackward0"),
+        *("ReluBackward0", "LeakyReluBackward0", "EluBackward0", "GeluBackward0", "SiluBackward0", "TanhBackward0"),
+        *("SigmoidBackward0", "SoftplusBackward0", "SoftmaxBackward0", "LogSoftmaxBackward0"),
+    ]
+)
+
+
+def _neck(values: Tensor, inputs: Sequence[Any]) -> GradientEdge | None:
+    """An edge that all of the graph goes through, with only such passes after it and no more numbers than ``inputs``.
+
+    Flows of many targets are pulled back to it together, and then on one by one: a convolution is not faster together.
+    """
+    edges = [get_gradient_edge(one) if isinstance(one, Tensor) else one for one in inputs]
+    wanted, most = {edge.node for edge in edges}, sum(map(_size, edges))
+    node, neck, matrices = values.grad_fn, None, False
+    while node is not None and node not in wanted and node.name() in _MATRICES | _BETWEEN:
+        rest = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+        rest = [edge for edge in rest if not _is_parameter(edge.node, wanted)] if len(rest) > 1 else rest
+        if len(rest) != 1 or rest[0].node in wanted or _size(rest[0]) > most:
+            break
+        matrices = matrices or node.name() in _MATRICES
+        node, neck = rest[0].node, rest[0]
+    return neck if matrices else None
+
+
+def _size(edge: GradientEdge) -> int:
+    found: Any = edge.node
+    return math.prod(found._input_metadata[edge.output_nr].shape)
+
+
+def _is_parameter(node: Node, wanted: set[Node]) -> bool:
+    """Whether nothing but a leaf that nobody asks for lies behind ``node``, as it is or transposed."""
+    if node.name() == "TBackward0":
+        node = node.next_functions[0][0]  # type: ignore[assignment]
+    return node is not None and node not in wanted and node.name().endswith("AccumulateGrad")
 
 
 def tangent(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -316,7 +316,7 @@ class Pullback:
             gradient = torch.zeros(shape, dtype=seen.value.dtype, device=seen.value.device)
         if seen.mapped is not None:
             gradient = gradient.movedim(seen.mapped + several, lead + several)
-        if w in self._places:
+        if w in self._places and gradient.shape[several : several + lead] != batch:
             each = [align(g, batch, str(w)) for g in gradient] if several else []
             gradient = torch.stack(each) if several else align(gradient, batch, str(w))
         if several:

@@ -188,7 +188,12 @@ class Target:
             len(item) == len(row) and all(isinstance(i, int) and -n <= i < n for i, n in zip(item, row, strict=True))
             for item in items
         )
-        return value[(slice(None),) * lead + tuple(map(list, zip(*items, strict=True)))] if inside else None
+        if not inside:
+            return None
+        first = items[0][0] if items and len(row) == 1 else 0
+        if len(row) == 1 and first >= 0 and [i for (i,) in items] == list(range(first, first + len(items))):
+            return value.narrow(lead, first, len(items))  # whose backward pass is shorter
+        return value[(slice(None),) * lead + tuple(map(list, zip(*items, strict=True)))]
 
     def _called(self, value: Tensor, td: TensorDictBase, lead: int, select: Callable[..., Tensor]) -> Tensor:
         result = select(value, td)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, tangent, vector_jacobian
+from tdconcepts.hooks.jacobian import _neck, differentiable, new_leaf, seeds, tangent, vector_jacobian
 
 MIX = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -113,3 +115,46 @@ def test_the_derivative_along_the_input(function):
     value, along = tangent(function, x)
     assert torch.equal(value, function(x))
     torch.testing.assert_close(along, torch.autograd.functional.jacobian(function, x) @ x)
+
+
+def image_network(frozen=False):
+    """A convolution, then vectors: the graph has a neck between the two."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 6), nn.Tanh(), nn.Linear(6, 5)
+    return nn.Sequential(*layers).double().requires_grad_(not frozen)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("site", [None, 1, 2, 3])
+def test_the_layers_at_the_end_are_pulled_through_together(frozen, site):
+    """And the rest one by one, to the same numbers; also where some value after the neck is asked for."""
+    net, x = image_network(frozen), torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    inner = x if site is None else net[: site + 1](x)
+    values = net(x) if site is None else net[site + 1 :](inner)
+    wanted = [x] if site is None else [x, get_gradient_edge(inner)]
+    assert _neck(values, wanted) is not None
+    found = vector_jacobian(values, wanted, True, False, 1, "y")
+    for t in range(5):
+        expected = torch.autograd.grad(net(x)[:, t].sum(), x)[0]
+        torch.testing.assert_close(found[0][t], expected)
+        if site is not None:
+            after = inner.detach().requires_grad_()
+            torch.testing.assert_close(found[1][t], torch.autograd.grad(net[site + 1 :](after)[:, t].sum(), after)[0])
+    assert found[0].movedim(0, 1).is_contiguous(), "row by row in memory"
+
+
+def test_no_neck_where_the_graph_has_two_ways():
+    net, x = image_network(), torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    values = net(x) + x.sum((1, 2, 3)).unsqueeze(-1)
+    assert _neck(values, [x]) is None
+    found = vector_jacobian(values, [x], True, False, 1, "y")[0]
+    torch.testing.assert_close(found[2], torch.autograd.grad(values[:, 2].sum(), x)[0])
+    weight = net[3].weight  # whoever asks for a parameter gets it
+    found = vector_jacobian(net(x), [x, weight], True, False, 1, "y")
+    torch.testing.assert_close(found[1][2], torch.autograd.grad(net(x)[:, 2].sum(), weight)[0])
+
+
+def test_no_neck_that_is_wider_than_what_is_asked_for():
+    net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3))
+    x = torch.randn(2, 4, requires_grad=True)
+    assert _neck(net(x), [x]) is None
