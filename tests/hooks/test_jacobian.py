@@ -145,10 +145,13 @@ def test_the_layers_at_the_end_are_pulled_through_together(frozen, site):
 
 def test_no_neck_where_the_graph_has_two_ways():
     net, x = image_network(), torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
-    values = net(x) + x.sum((1, 2, 3)).unsqueeze(-1)
-    assert _neck(values, [x]) is None
-    found = vector_jacobian(values, [x], True, False, 1, "y")[0]
-    torch.testing.assert_close(found[2], torch.autograd.grad(values[:, 2].sum(), x)[0])
+
+    def of(x):
+        return net(x) + x.sum((1, 2, 3)).unsqueeze(-1)
+
+    assert _neck(of(x), [x]) is None
+    found = vector_jacobian(of(x), [x], True, False, 1, "y")[0]
+    torch.testing.assert_close(found[2], torch.autograd.grad(of(x)[:, 2].sum(), x)[0])
     weight = net[3].weight  # whoever asks for a parameter gets it
     found = vector_jacobian(net(x), [x, weight], True, False, 1, "y")
     torch.testing.assert_close(found[1][2], torch.autograd.grad(net(x)[:, 2].sum(), weight)[0])
