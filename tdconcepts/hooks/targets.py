@@ -15,7 +15,7 @@ from tdconcepts.hooks.batching import usable
 from tdconcepts.hooks.sites import Site
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["Target"]
+__all__ = ["Target", "is_one_hot"]
 
 Select: TypeAlias = Any  # None | int | tuple of ints | "argmax" | callable | list / range / slice of these
 
@@ -221,7 +221,7 @@ class Target:
             except (RuntimeError, IndexError):
                 pass
         elif index.shape == value.shape:
-            if _transformed() or bool((index.count_nonzero(-1) == 1).all()):
+            if _transformed() or is_one_hot(index):
                 return torch.where(index.bool(), value, 0).sum(-1)
         raise BadValue(
             f"the entry {key_text(self.by)} does not index the target {self.name}",
@@ -271,3 +271,8 @@ def _transformed() -> bool:
 
 def _select_text(select: object) -> str:
     return getattr(select, "__name__", repr(select)) if callable(select) else repr(select)
+
+
+def is_one_hot(rows: Tensor) -> bool:
+    """Whether each row has a one, and else zeros; a continuous action has not."""
+    return bool(((rows == 1).sum(-1) == 1).all() and (rows.count_nonzero(-1) == 1).all())

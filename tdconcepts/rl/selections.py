@@ -12,6 +12,7 @@ from tensordict.nn import ProbabilisticTensorDictModule
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks.targets import is_one_hot
 from tdconcepts.keys import NestedKey, key_text
 
 __all__ = ["Advantage", "Agents", "Chosen", "Contrast", "Likelihood", "Probability", "of_agent", "one_hot"]
@@ -199,7 +200,7 @@ def one_hot(value: Tensor, td: TensorDictBase, action: NestedKey) -> Tensor:
         index = given.reshape(*lead, 1).long()
         if _traced() or not index.numel() or bool(((index >= 0) & (index < count)).all()):
             return index == torch.arange(count, device=value.device)
-    elif given.shape == value.shape and (_traced() or bool((given.count_nonzero(-1) == 1).all())):
+    elif given.shape == value.shape and (_traced() or is_one_hot(given)):
         return given.bool()
     raise BadValue(
         f"the entry {key_text(action)} does not index the actions",

@@ -229,6 +229,7 @@ def test_a_callable_that_gives_no_number_for_each_row(select):
         torch.zeros(3, 2, dtype=torch.long),
         torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]),
         torch.zeros(3, 4),
+        torch.eye(4)[:3] * 0.3,  # a continuous action
     ],
 )
 def test_an_entry_that_does_not_index(index):

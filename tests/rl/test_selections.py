@@ -34,6 +34,7 @@ def test_what_is_no_action():
         torch.zeros(3),
         torch.zeros(3, 4),
         torch.ones(3, 4).long(),
+        torch.eye(4)[:3] * 0.3,  # a continuous action
     ):
         with pytest.raises(BadValue, match="does not index the actions"):
             one_hot(value, TensorDict({"action": action}, batch_size=[3]), "action")
