@@ -272,7 +272,7 @@ def _spots(game: Game, spots: Spots, mine: Wrt, score: Score) -> Tensor:
 
 def _nothing(game: Game) -> Callable[[Tensor, Wrt], Tensor]:
     """Nothing stays of itself: all is said by what stands in for it."""
-    return lambda at, w: torch.zeros((1,) * (1 + game.ends[w].ndim), dtype=torch.bool, device=game.ends[w].device)
+    return lambda at, w: torch.zeros((len(at), *[1] * game.ends[w].ndim), dtype=torch.bool, device=game.ends[w].device)
 
 
 def _between(length: int, stride: int, points: int, like: Tensor) -> Tensor:
