@@ -22,8 +22,6 @@ __all__ = ["FeatureAblation", "Occlusion"]
 
 Sizes: TypeAlias = int | tuple[int, ...]
 
-_TABLE = 2**22  # the largest table of windows and elements that is made at once
-
 
 class FeatureAblation(Replaceable, TensorDictModuleBase):
     r"""What the target loses when a feature is replaced by its baseline: :math:`y(w) - y(w \text{ without } g)`.
@@ -170,33 +168,33 @@ class Occlusion(Replaceable, TensorDictModuleBase):
             return ~hidden.view(len(at), *outside)
 
         values = game.values(n + 1, kept)
-        losses = (values[:1] - values[1:]).movedim(0, -1)
-        total, cover = losses.new_zeros(*losses.shape[:-1], rest.numel()), losses.new_zeros(rest.numel())
-        for some in torch.arange(n, device=end.device).split(max(1, _TABLE // max(1, rest.numel()))):
-            covers = inside(some).flatten(1).to(losses.dtype)
-            total, cover = total + losses[..., some] @ covers, cover + covers.sum(0)
-        found = (total / cover).reshape(*losses.shape[:-1], *[1] * (len(row) - len(rest)), *rest)
-        return game.shaped(mine, found.expand(*losses.shape[:-1], *row).clone())
+        found = inside.mean((values[:1] - values[1:]).movedim(0, -1))
+        found = found.reshape(*values.shape[1:], *[1] * (len(row) - len(rest)), *rest)
+        return game.shaped(mine, found.expand(*values.shape[1:], *row).clone())
 
 
 class _Windows:
-    """The elements that windows cover, ``[m, *row]``; all of them are worked out at once where they are few."""
+    """Windows that slide over a row; each covers a part of every dim, and so all is worked out dim by dim."""
 
     def __init__(self, row: torch.Size, sizes: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> None:
         self.per_dim = [_covered(n, k, s, device) for n, k, s in zip(row, sizes, strides, strict=True)]
         self.counts = [len(covered) for covered in self.per_dim]
         self.count = math.prod(self.counts)
-        few = self.count * row.numel() <= _TABLE
-        self.table = self._at(torch.arange(self.count, device=device)) if few else None
 
     def __call__(self, at: Tensor) -> Tensor:
-        return self._at(at) if self.table is None else self.table[at]
+        """The elements that windows ``at [m]`` cover, ``[m, *row]``; windows along the last dim come one by one."""
+        found = torch.ones(len(at), dtype=torch.bool, device=at.device)
+        for covered in reversed(self.per_dim):
+            found = covered[at % len(covered)].view(len(at), -1, *[1] * (found.ndim - 1)) & found.unsqueeze(1)
+            at = at // len(covered)
+        return found
 
-    def _at(self, at: Tensor) -> Tensor:
-        found = torch.ones(len(at), *[1] * len(self.per_dim), dtype=torch.bool, device=at.device)
-        for dim, (covered, index) in enumerate(zip(self.per_dim, torch.unravel_index(at, self.counts), strict=True)):
-            shape = [len(at), *[1] * dim, covered.shape[1], *[1] * (len(self.per_dim) - dim - 1)]
-            found = found & covered[index].view(shape)
+    def mean(self, losses: Tensor) -> Tensor:
+        """Of losses ``[..., windows]`` the mean over the windows that cover an element, ``[..., *row]``."""
+        found = losses.to(torch.promote_types(losses.dtype, torch.float32)).unflatten(-1, self.counts)
+        for covered in self.per_dim:
+            share = covered / covered.sum(0)
+            found = torch.tensordot(found, share.to(found.dtype), ([losses.ndim - 1], [0]))
         return found
 
 
