@@ -119,6 +119,10 @@ def carried(rule: Any, call: Call) -> Any:
     """The output under a rule; what it computes is not seen by function modes again.
 
     A tensor that is alone in a dict or a tuple, as the one that depends on what is explained, is the output for a rule.
+
+    Args:
+        rule: the rule.
+        call: what it has to work with.
     """
     tree = call.output
     leaves = [] if isinstance(tree, Tensor) else [value for value in tensors(tree) if depends(value)]
@@ -130,7 +134,14 @@ def carried(rule: Any, call: Call) -> Any:
 
 
 def check_convention(convention: object) -> None:
-    """Raise for what is no convention."""
+    """Raise for what is no convention.
+
+    Raises:
+        BadValue: the conventions that there are.
+
+    Examples:
+        >>> check_convention("relevance")
+    """
     if convention not in CONVENTIONS:
         raise BadValue(
             "no such convention", got=repr(convention), needed=nearest(convention, CONVENTIONS), fix='"gradient"'
@@ -138,7 +149,15 @@ def check_convention(convention: object) -> None:
 
 
 def refuse_middle(call: Call, rule: object) -> None:
-    """Raise for a terminal rule above other rules, in the gradient convention."""
+    """Raise for a terminal rule above other rules, in the gradient convention.
+
+    Args:
+        call: the call that the rule is for.
+        rule: a rule that ends the propagation.
+
+    Raises:
+        BadValue: where something that a rule has made is among what the call depends on.
+    """
     if is_compiling():
         return
     nodes = [value.grad_fn for value in call.inputs if value.grad_fn is not None]
@@ -160,6 +179,11 @@ def refuse_middle(call: Call, rule: object) -> None:
 
 def layer_of(module: nn.Module) -> nn.Module:
     """The module of tensors that one rule is for: what a TensorDictModule wraps, or the module itself.
+
+    Examples:
+        >>> layer = nn.Linear(2, 2)
+        >>> layer_of(TensorDictModule(layer, ["x"], ["y"])) is layer
+        True
 
     Raises:
         BadType: for another stage of a pipeline, whose inputs and outputs are entries.
@@ -184,6 +208,9 @@ def refuse_hidden(module: nn.Module, ruled: Iterable[tuple[str, nn.Module]]) -> 
     Args:
         module: the model.
         ruled: paths and modules that have a rule.
+
+    Raises:
+        BadValue: for a compiled part. BadType: for a rule inside a scripted or traced one.
     """
     hidden: dict[nn.Module, str] = {}
     for inner in module.modules():

@@ -67,6 +67,13 @@ def backward_by(
 
     With ``keep=False`` the inputs are not kept, and it is ``formula(flow, *saved)``.
 
+    Args:
+        formula: from what flows to ``value`` to what flows into each of ``inputs``.
+        value: what is written.
+        inputs: the tensors that the flows are for.
+        saved: more tensors that the formula needs.
+        keep: whether the formula needs the inputs.
+
     The formula is made of differentiable operations, so a second derivative is that of the formula. It runs under
     ``vmap`` and ``torch.compile``.
 
@@ -157,7 +164,13 @@ _INPLACE = frozenset(
 
 
 def depends(value: Any) -> bool:
-    """Whether a tensor may depend on what is explained: it has a graph that is not made of parameters alone."""
+    """Whether a tensor may depend on what is explained: it has a graph that is not made of parameters alone.
+
+    Examples:
+        >>> layer, x = nn.Linear(2, 2), torch.ones(2, requires_grad=True)
+        >>> depends(layer(x)), depends(layer(x.detach())), depends(layer.weight)
+        (True, False, False)
+    """
     if not isinstance(value, Tensor) or not value.is_floating_point() or isinstance(value, nn.Parameter):
         return False
     if is_compiling():
@@ -196,7 +209,12 @@ def under_vmap(value: Tensor) -> Tensor:
 
 
 def untransformed(value: Tensor) -> bool:
-    """Whether the numbers of a tensor can be looked at: no compiler and no function transform is at work."""
+    """Whether the numbers of a tensor can be looked at: no compiler and no function transform is at work.
+
+    Examples:
+        >>> untransformed(torch.ones(1))
+        True
+    """
     if is_compiling():
         return False
     functorch = torch._C._functorch
@@ -206,12 +224,23 @@ def untransformed(value: Tensor) -> bool:
 
 
 def overwritable(flow: Tensor) -> bool:
-    """Whether a formula may write over its intermediate results: no second derivative and no transform needs them."""
+    """Whether a formula may write over its intermediate results: no second derivative and no transform needs them.
+
+    Examples:
+        >>> with torch.no_grad():
+        ...     overwritable(torch.ones(1))
+        True
+    """
     return not torch.is_grad_enabled() and untransformed(flow)
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """The tensors in nested tuples, lists and dicts.
+
+    Examples:
+        >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(1), (torch.ones(1), "c")]}))
+        3
+    """
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, (tuple, list)):
@@ -222,7 +251,16 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def changed(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same tree with every tensor changed."""
+    """The same tree with every tensor changed.
+
+    Args:
+        tree: nested tuples, named tuples, lists and dicts.
+        change: what is made of each tensor.
+
+    Examples:
+        >>> changed({"a": torch.ones(1), "b": [torch.ones(1), "c"]}, float)
+        {'a': 1.0, 'b': [1.0, 'c']}
+    """
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, (tuple, list)):
@@ -236,5 +274,10 @@ def changed(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 @torch.compiler.assume_constant_result
 def is_inplace(func: Callable[..., Any]) -> bool:
-    """Whether a function changes its first argument: ``x.mul_(y)``, ``x *= y``."""
+    """Whether a function changes its first argument: ``x.mul_(y)``, ``x *= y``.
+
+    Examples:
+        >>> is_inplace(torch.Tensor.mul_), is_inplace(torch.Tensor.__imul__), is_inplace(torch.mul)
+        (True, True, False)
+    """
     return getattr(func, "__name__", "") in _INPLACE

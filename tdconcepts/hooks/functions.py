@@ -20,6 +20,10 @@ class Functions(TorchFunctionMode):
 
     It acts while a run of its plan is active on the thread: between two calls of a model it does nothing. What a plan
     swaps is swapped first; to compute it, the modes of the plans around this one see its functions in their turn.
+
+    Args:
+        plan: what to do, at functions.
+        thread: this thread's runs, as ``thread.runs``.
     """
 
     def __init__(self, plan: Plan, thread: Any) -> None:
@@ -40,7 +44,7 @@ class Functions(TorchFunctionMode):
 
 
 def push(mode: Functions) -> None:
-    """Let a mode stand on this thread."""
+    """Let a mode stand on this thread, until it is withdrawn."""
     mode.__enter__()
 
 

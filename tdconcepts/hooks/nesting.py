@@ -20,6 +20,10 @@ def overruled(run: Run, module: nn.Module) -> bool:
     """Whether a context that was entered later than ``run`` has a rule for the same module, or for what is around it.
 
     Of a module that is more than one function, a later context has a rule where it has rules for functions at all.
+
+    Args:
+        run: the context that has a rule for the module.
+        module: the module that is called.
     """
     for other in _later(run):
         if other.inside or any(hasattr(step.act, "rule") for step in other.plan.outputs.get(module, ())):
@@ -33,7 +37,12 @@ def overruled(run: Run, module: nn.Module) -> bool:
 
 
 def yields(run: Run, name: str) -> bool:
-    """Whether a context that was entered later than ``run`` has a rule for this operation, or for what is around it."""
+    """Whether a context that was entered later than ``run`` has a rule for this operation, or for what is around it.
+
+    Args:
+        run: a context that sees the operation.
+        name: of the operation, as :func:`~tdconcepts.hooks.flows.operation_name` gives it.
+    """
     return any(other.inside or name in _covers(other) for other in _later(run))
 
 
@@ -58,6 +67,9 @@ def refuse_mixture(run: Run, convention: str, rule: Any, name: str) -> None:
         convention: what flows under it.
         rule: a rule of it that is about to be applied.
         name: the path or operation of that rule.
+
+    Raises:
+        BadValue: both rules, where they are and what flows.
     """
     runs = active()
     if len(runs) < 2:

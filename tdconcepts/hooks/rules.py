@@ -28,6 +28,7 @@ from tdconcepts.hooks.nesting import alone, overruled, refuse_mixture, yields
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.programs import Programs, _Adds
 from tdconcepts.hooks.sites import Place, Site, places
+from tdconcepts.hooks.stages import overwrites_nothing
 from tdconcepts.hooks.wrapped import Wrapped
 
 __all__ = ["Call", "Convention", "Rule", "Rules", "check_convention"]
@@ -51,6 +52,15 @@ class Rule:
     the input, so in the gradient convention it ends the propagation. ``reads_before``: it asks which call came before.
     ``passes_on``: relevance passes from its output to its one input as it is, and ``takes_on``: it can start from the
     relevance of a value that such a rule has made of its output (:attr:`Call.written`); see :class:`Rules`, ``lean``.
+
+    Examples:
+        >>> class Double(Rule):
+        ...     def carry(self, call):
+        ...         return backward_by(lambda flow: (2 * flow,), call.output, call.inputs, keep=False)
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> with Double().on(nn.Tanh()) as m:
+        ...     torch.autograd.grad(m(x).sum(), x)[0]
+        tensor([2., 2.])
     """
 
     forms: ClassVar[tuple[Convention, ...]] = CONVENTIONS
@@ -78,6 +88,10 @@ class Rule:
         Args:
             module: any module, of any number of inputs.
             convention: what flows; default: the gradient, where the rule has that form.
+
+        Raises:
+            BadType: for what is no module of tensors. BadValue: a convention that the rule has no form in, and a
+                compiled module.
 
         Examples:
             >>> from tdconcepts.lrp import EpsilonRule
@@ -126,6 +140,9 @@ class Rules(_Adds):
             for second ones; and in the gradient convention a layer and what passes relevance on to it (a batch norm,
             an activation) become one step: there is no quotient in between, and nothing flows at the layer's own
             output.
+
+    Raises:
+        BadKey: when bound, a path that matches nothing. BadValue: no such convention, rules of two conventions.
     """
 
     modules: tuple[tuple[str, Rule], ...]
@@ -161,8 +178,7 @@ class Rules(_Adds):
                 chosen[place.module] = (place, rule)
         refuse_hidden(module, ((place.name, layer) for layer, (place, _) in chosen.items()))
         self._check_forms([(place.name, rule) for place, rule in chosen.values()])
-        safe = all(map(_overwrites_nothing, module.modules()))
-        how = _How(self, safe)
+        how = _How(self, overwrites_nothing(module))
         steps = []
         for place, rule in chosen.values():
             if rule.is_plain(self.convention) and not (self.report or self.first):
@@ -370,12 +386,6 @@ def _numbered(name: str, run: Run) -> str:
     """The name of an operation in the report: ``"add"`` for its first call in a run, then ``"add#1"``, ``"add#2"``."""
     times = run.store["times", name] = run.store.get(("times", name), -1) + 1
     return f"{name}#{times}" if times else name
-
-
-def _overwrites_nothing(module: nn.Module) -> bool:
-    """Whether a module is known to change no activation in place: not so of any forward that is not torch's own."""
-    known = type(module).__module__.startswith(("torch.nn.modules.", "tensordict."))
-    return (known and getattr(module, "inplace", False) is not True) or isinstance(module, TensorDictModuleBase)
 
 
 def _whole(module: nn.Module) -> Place:

@@ -25,12 +25,22 @@ _NAMES = {f"conv{n}d" for n in (1, 2, 3)} | {f"conv_transpose{n}d" for n in (1, 
 
 
 def is_linear(layer: Any) -> bool:
-    """Whether a module, or the name of an operation, is a matrix product with a weight."""
+    """Whether a module, or the name of an operation, is a matrix product with a weight.
+
+    Examples:
+        >>> is_linear(nn.Linear(1, 1)), is_linear("linear"), is_linear(nn.Bilinear(1, 1, 1))
+        (True, True, False)
+    """
     return layer == "linear" if isinstance(layer, str) else isinstance(layer, LINEAR) or _is_conv1d_of_hf(layer)
 
 
 def is_convolution(layer: Any) -> bool:
-    """Whether a module, or the name of an operation, is a convolution, transposed ones among them."""
+    """Whether a module, or the name of an operation, is a convolution, transposed ones among them.
+
+    Examples:
+        >>> is_convolution(nn.ConvTranspose1d(1, 1, 1)), is_convolution("conv2d"), is_convolution(nn.Unfold(1))
+        (True, True, False)
+    """
     return layer in _NAMES if isinstance(layer, str) else isinstance(layer, CONVOLUTIONS)
 
 
@@ -98,12 +108,26 @@ _SCRATCH = _Scratch()
 
 
 def positive_part(weight: Tensor, fleeting: bool) -> Tensor:
-    """``max(weight, 0)``; a ``fleeting`` one is good until the next weight is changed on this thread."""
+    """``max(weight, 0)``.
+
+    Args:
+        weight: any tensor.
+        fleeting: in memory that is good until the next weight is changed on this thread.
+
+    Examples:
+        >>> positive_part(torch.tensor([-1.0, 2.0]), fleeting=False)
+        tensor([0., 2.])
+    """
     return torch.clamp(weight, min=0, out=_SCRATCH.like(weight)) if fleeting else weight.clamp(min=0)
 
 
 def magnitude(weight: Tensor, fleeting: bool) -> Tensor:
-    """``|weight|``, as :func:`positive_part`."""
+    """``|weight|``; arguments as of :func:`positive_part`.
+
+    Examples:
+        >>> magnitude(torch.tensor([-1.0, 2.0]), fleeting=False)
+        tensor([1., 2.])
+    """
     return torch.abs(weight, out=_SCRATCH.like(weight)) if fleeting else weight.abs()
 
 
@@ -114,6 +138,9 @@ def affine(call: Call, rule: Rule, zero: tuple[str, ...] = ()) -> Affine:
         call: a call of a linear layer or a convolution.
         rule: who asks, for the error.
         zero: names of parameters that count as zero.
+
+    Raises:
+        BadValue: for what is no linear layer and no convolution, or has no such parameter.
     """
     module = call.module
     if module is None:
@@ -146,7 +173,18 @@ def _folded(found: Affine, call: Call) -> Affine:
 
 
 def by_channel(k: Tensor, layer: Any, weight: Tensor) -> Tensor:
-    """A number for each output channel of a layer, in a shape that broadcasts to its weight."""
+    """A number for each output channel of a layer, in a shape that broadcasts to its weight.
+
+    Args:
+        k: the numbers ``[outputs]``.
+        layer: a linear layer or a convolution, transposed and grouped ones too.
+        weight: its weight.
+
+    Examples:
+        >>> layer = nn.ConvTranspose1d(4, 6, 3, groups=2)
+        >>> by_channel(torch.ones(6), layer, layer.weight).shape
+        torch.Size([4, 3, 1])
+    """
     tail = [1] * (weight.ndim - 2)
     if not isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         return k.reshape(-1, 1, *tail)
@@ -194,7 +232,12 @@ def _of_module(call: Call, m: Any) -> Affine:
 
 
 def padded(layer: Any, x: Tensor) -> Tensor:
-    """``x`` as a layer convolves it: padded by itself, where the padding is not zero."""
+    """``x`` as a layer convolves it: padded by itself, where the padding is not zero.
+
+    Examples:
+        >>> padded(nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular"), torch.tensor([[[1.0, 2.0, 3.0]]]))
+        tensor([[[3., 1., 2., 3., 1.]]])
+    """
     if getattr(layer, "padding_mode", "zeros") == "zeros":
         return x
     return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)

@@ -124,6 +124,9 @@ class GatedProductRule(UniformEpsilonRule):
         signal: None shares equally (AttnLRP); 0 or 1 gives all to that factor and treats the other as a constant
             (CP-LRP, signal-take-all).
 
+    Raises:
+        BadValue: another signal; at the call, for what is no product of two values.
+
     Source: Achtibat et al., *AttnLRP*, 2024, eq. 14; Arras et al., *Explaining and interpreting LSTMs*, 2019.
 
     Examples:

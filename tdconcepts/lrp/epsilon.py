@@ -30,6 +30,10 @@ class EpsilonRule(Rule):
         epsilon: added to :math:`z` with its sign, in units of :math:`z`; or a stabiliser. 0 gives LRP-0.
         zero_params: names of parameters that count as zero, ``("bias",)`` for instance.
 
+    Raises:
+        BadType: for what is no stabiliser. BadValue: a negative epsilon; at the call, for an output that is no tensor
+            and no tree of them, and for a name that is no parameter.
+
     Source: Bach et al., *On pixel-wise explanations*, 2015, eq. 58.
 
     Examples:

@@ -108,6 +108,10 @@ def fold(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     For linear layers and all convolutions, transposed and grouped ones too; ``affine=False`` and a missing bias count
     as one and zero.
 
+    Args:
+        layer: a linear layer or a convolution.
+        norm: a batch norm of its outputs, in evaluation mode.
+
     Raises:
         BadType: for another layer, or another norm. BadValue: for a batch norm in training mode, or without statistics.
 

@@ -139,25 +139,45 @@ PLAIN = CARRIED | frozenset(
 
 
 def activation(layer: Any) -> bool:
-    """An elementwise activation: of ``torch.nn``, or of Hugging Face's ``transformers``."""
+    """An elementwise activation: of ``torch.nn``, or of Hugging Face's ``transformers``.
+
+    Examples:
+        >>> activation(nn.Mish()), activation(nn.Softmax(-1))
+        (True, False)
+    """
     if isinstance(layer, _ACTIVATIONS):
         return True
     return isinstance(layer, nn.Module) and type(layer).__module__ == "transformers.activations"
 
 
 def batch_norm(layer: Any) -> bool:
-    """A batch norm."""
+    """A batch norm.
+
+    Examples:
+        >>> batch_norm(nn.BatchNorm2d(3)), batch_norm(nn.LayerNorm(3))
+        (True, False)
+    """
     return isinstance(layer, batchnorm._BatchNorm)
 
 
 def average(layer: Any) -> bool:
-    """An average pooling."""
+    """An average pooling.
+
+    Examples:
+        >>> average(nn.AdaptiveAvgPool2d(1)), average(nn.MaxPool2d(2))
+        (True, False)
+    """
     return isinstance(layer, (pooling._AvgPoolNd, pooling._AdaptiveAvgPoolNd))
 
 
 def rms_norm(layer: Any) -> bool:
-    """An RMS norm: torch's, or a module of that name."""
-    return isinstance(layer, nn.RMSNorm) or type(layer).__name__.endswith("RMSNorm")
+    """An RMS norm: torch's, or a module of that name, such as those of Hugging Face.
+
+    Examples:
+        >>> rms_norm(nn.RMSNorm(3)), rms_norm(nn.LayerNorm(3))
+        (True, False)
+    """
+    return isinstance(layer, nn.RMSNorm) or type(layer).__name__.endswith(("RMSNorm", "T5LayerNorm"))
 
 
 def is_operation(name: str) -> bool:

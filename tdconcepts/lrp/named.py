@@ -53,6 +53,10 @@ def BaseRuleMapper(  # noqa: N802
         constant: whether attention weights and gates are constants (CP-LRP).
         on_missing: see :class:`~tdconcepts.lrp.Composite`; linear layers and convolutions have no rule here.
 
+    Raises:
+        BadType: for a stabiliser that is none, and rules on top that are none; as all composites here.
+        BadValue: for a negative stabiliser.
+
     Examples:
         >>> BaseRuleMapper().operations["gelu"]
         PseudoIdentityRule(epsilon=1e-06)
@@ -138,7 +142,13 @@ def EpsilonPlus(  # noqa: N802
 def EpsilonAlpha2Beta1(  # noqa: N802
     epsilon: Stabilizing = 1e-6, stabilizer: Stabilizing = 1e-6, rule_mapper: More = None, flat: bool = False
 ) -> Composite:
-    """Alpha-beta with 2 and 1 for convolutions, epsilon for fully connected layers; arguments as of `EpsilonPlus`.
+    """Alpha-beta with 2 and 1 for convolutions, epsilon for fully connected layers.
+
+    Args:
+        epsilon: of the fully connected layers.
+        stabilizer: of all others.
+        rule_mapper: rules on top.
+        flat: flat for the first layer that runs, as in ``EpsilonAlpha2Beta1Flat``.
 
     Source: Kohlbrenner et al., *Towards best practice in explaining neural network decisions with LRP*, 2020.
 
@@ -180,6 +190,10 @@ def ExcitationBackprop(stabilizer: Stabilizing = 1e-6, rule_mapper: More = None)
 
     It is the *relevance* that their gradient multiplies, so it flows by default. (In the gradient convention it is the
     ratio, which for a ReLU is the same.)
+
+    Args:
+        stabilizer: a number or a stabiliser, of all.
+        rule_mapper: rules on top.
 
     Source: Zhang et al., *Top-down neural attention by excitation backprop*, 2016.
 
@@ -240,8 +254,12 @@ def CPLRP(epsilon: Stabilizing = 0.0, stabilizer: Stabilizing = 1e-9, rule_mappe
     """For transformers: attention weights and gates are constants, so relevance is conserved.
 
     Of a product ``act(gate) * up`` the second factor is the signal; where it is the first one, as in ``x *
-    sigmoid(gate)``, write ``CPLRP() | Composite(operations={"mul": GatedProductRule(signal=0)})``. Arguments as of
-    :func:`AttnLRP`.
+    sigmoid(gate)``, write ``CPLRP() | Composite(operations={"mul": GatedProductRule(signal=0)})``.
+
+    Args:
+        epsilon: of the layers; 0 is LRP-0, which in the gradient convention costs nothing.
+        stabilizer: of all others.
+        rule_mapper: rules on top.
 
     Source: Ali et al., *XAI for transformers: better explanations through conservative propagation*, 2022.
 

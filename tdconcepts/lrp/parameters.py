@@ -58,7 +58,16 @@ def _with_parameters(module: nn.Module, modify: Modify, prefix: str = "") -> nn.
 
 
 def output_without(call: Call, rule: Rule, names: tuple[str, ...]) -> Tensor:
-    """The output of a call whose parameters of these names are zero."""
+    """The output of a call whose parameters of these names are zero.
+
+    Args:
+        call: a call of a module, or of a linear layer or convolution as a function.
+        rule: who asks, for the error.
+        names: of parameters.
+
+    Raises:
+        BadValue: for a name that is no parameter, and an output that is no tensor.
+    """
     check_names(call, rule, names)
     function, args, kwargs = substituted(call, rule, lambda name, p: torch.zeros_like(p) if name in names else p)
     module = isinstance(function, nn.Module)
@@ -73,7 +82,16 @@ def output_without(call: Call, rule: Rule, names: tuple[str, ...]) -> Tensor:
 
 
 def check_names(call: Call, rule: Rule, names: tuple[str, ...]) -> None:
-    """Raise for a name that is no parameter; a weight and a bias any layer may have."""
+    """Raise for a name that is no parameter; a weight and a bias any layer may have.
+
+    Args:
+        call: a call.
+        rule: who asks, for the error.
+        names: of parameters.
+
+    Raises:
+        BadValue: the name, and those that there are.
+    """
     known = [] if call.module is None else [name for name, _ in call.module.named_parameters()]
     wrong = [name for name in names if name not in ("weight", "bias", *known)]
     if wrong:

@@ -26,6 +26,9 @@ class BetaSmoothRule(Rule):
     Args:
         beta: sharpness, > 0, in units of 1 / x.
 
+    Raises:
+        BadValue: a beta that is not positive; at the call, for what is no ReLU.
+
     Source: Dombrowski et al., *Explanations can be manipulated and geometry is to blame*, 2019.
 
     Examples:

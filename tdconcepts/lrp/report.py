@@ -15,7 +15,17 @@ __all__ = ["Conservation", "Line"]
 
 @dataclasses.dataclass
 class Line:
-    """One module or operation: relevance that came (``r_out``) and that went on (``r_in``), summed over the batch."""
+    """One module or operation: relevance that came and that went on, summed over the batch.
+
+    Args:
+        rule: the rule.
+        r_out: what came, at its output.
+        r_in: what went on, to its inputs.
+
+    Examples:
+        >>> Line(Rule(), 2.0, 1.5).kept
+        0.75
+    """
 
     rule: Rule
     r_out: float = 0.0

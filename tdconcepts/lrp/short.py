@@ -22,6 +22,11 @@ def EpsilonPlusFlat(  # noqa: N802
 ) -> Composite:
     """`EpsilonPlus`, with flat for the first layer that runs.
 
+    Args:
+        epsilon: of the fully connected layers.
+        stabilizer: of all others.
+        rule_mapper: rules on top.
+
     Source: Kohlbrenner et al., *Towards best practice in explaining neural network decisions with LRP*, 2020.
 
     Examples:
@@ -37,6 +42,11 @@ def EpsilonAlpha2Beta1Flat(  # noqa: N802
 ) -> Composite:
     """`EpsilonAlpha2Beta1`, with flat for the first layer that runs.
 
+    Args:
+        epsilon: of the fully connected layers.
+        stabilizer: of all others.
+        rule_mapper: rules on top.
+
     Source: Kohlbrenner et al., *Towards best practice in explaining neural network decisions with LRP*, 2020.
 
     Examples:
@@ -49,6 +59,9 @@ def EpsilonAlpha2Beta1Flat(  # noqa: N802
 @constructor()
 def GuidedBackprop(rule_mapper: More = None) -> Composite:  # noqa: N802
     """Guided back-propagation of every ReLU; all else has its gradient.
+
+    Args:
+        rule_mapper: rules on top.
 
     Source: Springenberg et al., *Striving for simplicity*, 2015.
 
@@ -63,6 +76,9 @@ def GuidedBackprop(rule_mapper: More = None) -> Composite:  # noqa: N802
 def DeconvNet(rule_mapper: More = None) -> Composite:  # noqa: N802
     """Deconvolution of every ReLU; all else has its gradient.
 
+    Args:
+        rule_mapper: rules on top.
+
     Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014.
 
     Examples:
@@ -75,6 +91,13 @@ def DeconvNet(rule_mapper: More = None) -> Composite:  # noqa: N802
 @constructor(Tunable("beta", 1.0, 100.0, 10, log=True))
 def BetaSmooth(beta: float = 10.0, rule_mapper: More = None) -> Composite:  # noqa: N802
     """The gradient of a softplus for every ReLU; all else has its own.
+
+    Args:
+        beta: sharpness, > 0, in units of 1 / x.
+        rule_mapper: rules on top.
+
+    Raises:
+        BadValue: a beta that is not positive.
 
     Source: Dombrowski et al., *Explanations can be manipulated and geometry is to blame*, 2019.
 

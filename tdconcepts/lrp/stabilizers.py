@@ -62,13 +62,35 @@ Stabilizing: TypeAlias = float | Callable[[Tensor], Tensor]
 
 
 def check_number(name: str, given: object) -> None:
-    """Raise for what is no number."""
+    """Raise for what is no number.
+
+    Args:
+        name: what the error calls it.
+        given: what was given.
+
+    Raises:
+        BadType: for anything else, a bool too.
+
+    Examples:
+        >>> check_number("alpha", 2)
+    """
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise BadType(f"{name} is no number", got=repr(given), needed="a number")
 
 
 def check_stabilizer(given: object) -> None:
-    """Raise for what is neither a number nor callable."""
+    """Raise for what is neither a number nor callable.
+
+    Args:
+        given: a number >= 0, a :class:`Stabilizer` or any callable.
+
+    Raises:
+        BadType: for anything else. BadValue: for a negative number.
+
+    Examples:
+        >>> check_stabilizer(1e-6), check_stabilizer(Stabilizer(1e-6, clip=True))
+        (None, None)
+    """
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         Stabilizer(given)
     elif not callable(given):
@@ -84,6 +106,14 @@ def stabilized(z: Tensor, by: Stabilizing) -> Tensor:
     """``z``, kept away from zero by a number, a :class:`Stabilizer` or any callable.
 
     By 0 it stays as it is; where it is 0 itself it becomes infinite, so that a quotient is 0.
+
+    Args:
+        z: a denominator.
+        by: see :class:`Stabilizer`.
+
+    Examples:
+        >>> stabilized(torch.tensor([-1.0, 0.0]), 0.5), stabilized(torch.tensor([-1.0, 0.0]), 0.0)
+        (tensor([-1.5000,  0.5000]), tensor([-1., inf]))
     """
     if callable(by):
         return by(z)
@@ -91,7 +121,18 @@ def stabilized(z: Tensor, by: Stabilizing) -> Tensor:
 
 
 def shared(flow: Tensor, z: Tensor, by: Stabilizing, fresh: bool = False) -> Tensor:
-    """``flow / stabilized(z, by)``; ``fresh``: in one piece of new memory."""
+    """``flow / stabilized(z, by)``.
+
+    Args:
+        flow: what is shared.
+        z: the denominator.
+        by: see :class:`Stabilizer`.
+        fresh: in one piece of new memory, where nothing asks for a graph.
+
+    Examples:
+        >>> shared(torch.tensor([3.0]), torch.tensor([1.0]), 0.5)
+        tensor([2.])
+    """
     if not fresh or callable(by) or not by:
         return flow / stabilized(z, by)
     found = torch.copysign(z.new_full((), by), z).add_(z)
@@ -99,7 +140,18 @@ def shared(flow: Tensor, z: Tensor, by: Stabilizing, fresh: bool = False) -> Ten
 
 
 def damped(flow: Tensor, z: Tensor, by: Stabilizing, fresh: bool = False) -> Tensor:
-    """``flow * z / stabilized(z, by)``: as it is for a large ``z``, nothing for a small one; ``fresh`` as above."""
+    """``flow * z / stabilized(z, by)``: as it is for a large ``z``, nothing for a small one.
+
+    Args:
+        flow: what is damped.
+        z: the denominator.
+        by: see :class:`Stabilizer`.
+        fresh: as of :func:`shared`.
+
+    Examples:
+        >>> damped(torch.tensor([3.0, 3.0]), torch.tensor([1.0, 0.0]), 0.5)
+        tensor([2., 0.])
+    """
     if callable(by):
         return flow * (z / by(z))
     if not by:
