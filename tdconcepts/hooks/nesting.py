@@ -105,13 +105,13 @@ def _covers(run: Run) -> set[str]:
 
 def _other_rule(run: Run, convention: str, name: str) -> tuple[str, Any, str] | None:
     """A rule of a context that carries another convention: where, which and what flows."""
-    for steps in run.plan.outputs.values():
-        for act in (step.act for step in steps if hasattr(step.act, "rule")):
-            if act.how.convention != convention:
-                return act.place.name, act.rule, act.how.convention
-    for act in run.plan.around:
-        covers = getattr(act, "covers", None)
-        if covers and act.how.convention != convention:
-            where = name if name in covers else next(iter(covers))
-            return where, covers[where], act.how.convention
+    acts: list[Any] = [step.act for steps in run.plan.outputs.values() for step in steps if hasattr(step.act, "rule")]
+    for act in acts:
+        if act.how.convention != convention:
+            return act.place.name, act.rule, act.how.convention
+    acts = [act for act in run.plan.around if getattr(act, "covers", None)]
+    for act in acts:
+        if act.how.convention != convention:
+            where = name if name in act.covers else next(iter(act.covers))
+            return where, act.covers[where], act.how.convention
     return None
