@@ -15,7 +15,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdconcepts.errors import BadKey, BadValue, nearest
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks import Hooked, Weights, check_module
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.sites import parameter_paths
@@ -136,7 +136,7 @@ def prune(
         >>> int(kept), int((net.module.weight == 0).sum())
         (4, 0)
     """
-    if not 0.0 <= fraction <= 1.0:
+    if not isinstance(fraction, (int, float)) or not 0.0 <= fraction <= 1.0:
         raise BadValue("fraction is out of range", got=fraction, needed="a number in [0, 1]")
     if scope not in ("global", "each"):
         raise BadValue("no such scope", got=repr(scope), needed='"global" or "each"')
@@ -187,6 +187,9 @@ class TaskVector:
         Raises:
             BadKey: parameters that only one of them has. BadValue: other shapes.
         """
+        for model in (base, tuned):
+            if not isinstance(model, nn.Module):
+                raise BadType("not a model", got=type(model).__name__, needed="an nn.Module")
         ones, others = parameter_paths(base), parameter_paths(tuned)
         _check_same(ones, others)
         return cls({k: (others[k] - p).detach() for k, p in ones.items() if p.is_floating_point()})

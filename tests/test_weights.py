@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts.attribution import IntegratedGradients
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Target, Weights
 from tdconcepts.hooks.sites import parameter_paths
 from tdconcepts.lrp import LRP, EpsilonPlus
@@ -223,6 +223,8 @@ def test_changes_are_data():
     ("act", "error", "text"),
     [
         (lambda net: prune(net, 1.5), BadValue, "fraction"),
+        (lambda net: prune(net, "most"), BadValue, "fraction"),
+        (lambda net: TaskVector.between(net, None), BadType, "not a model"),
         (lambda net: prune(net, 0.5, scope="all"), BadValue, "scope"),
         (lambda net: prune(net, 0.5, score="size"), BadValue, "score"),
         (lambda net: prune(net, 0.5, score={}), BadKey, "no score for"),

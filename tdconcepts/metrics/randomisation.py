@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
-from tdconcepts.hooks import check_module, check_td
+from tdconcepts.hooks import check_module
 from tdconcepts.hooks.drawing import Source
 from tdconcepts.hooks.sites import module_paths
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -89,7 +89,8 @@ def parameter_randomisation(
         (('2', '0'), torch.Size([2, 5]))
     """
     check_module(module)
-    check_td(td)
+    if not isinstance(td, TensorDictBase):
+        raise BadType("not states", got=type(td).__name__, needed="a TensorDict of states [*B]")
     if not callable(explain):
         raise BadType("what makes the explainer?", got=repr(explain), needed="lambda m: Gradient(m, chosen_value())")
     known = _layers(module)

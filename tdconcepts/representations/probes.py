@@ -97,9 +97,9 @@ def ridge_direction(
 
 
 def _check(z: Tensor, y: Tensor, mask: Tensor | None) -> None:
-    given: dict[str, object] = {"z": z, "y": y}
-    for name, value in given.items():
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    given: list[tuple[str, object]] = [("z", z), ("y", y), *([] if mask is None else [("mask", mask)])]
+    for name, value in given:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or name == "mask"):
             kind = getattr(value, "dtype", type(value).__name__)
             raise BadType("a probe needs floating-point tensors", got=f"{name}: {kind}", fix=f"{name}.float()")
     if z.ndim != 3 or y.shape != z.shape[:2] or (mask is not None and mask.shape != y.shape):

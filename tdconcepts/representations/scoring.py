@@ -96,8 +96,7 @@ def cross_validate(
         >>> cross_validate(LinearProbe("x", "y", ridge=1e-3), td, groups=0, folds=3)
         ProbeScores('x': 1.000; 120 rows)
     """
-    if not isinstance(probe, Probe):
-        raise BadType("not a probe", got=type(probe).__name__, needed="a probe", fix='LinearProbe("x", "label")')
+    _check_probe(probe)
     if type(folds) is not int or folds < 2:
         raise BadValue("not a number of folds", got=repr(folds), needed="2 or more")
     reader = Reader(probe.keys_read, probe.label, mask)
@@ -160,6 +159,7 @@ def score(probe: Probe, data: Data, *, mask: NestedKey | None = None) -> TensorD
         >>> round(float(score(LinearProbe("x", "y", ridge=1e-9).fit(td), td)["x"]), 4)
         1.0
     """
+    _check_probe(probe)
     reader = Reader(probe.keys_read, probe.label, mask)
     table = _table(reader, data, None, None, probe)
     lead = 2 if len(probe.sources(0)) > 1 else 1
@@ -180,6 +180,11 @@ def score(probe: Probe, data: Data, *, mask: NestedKey | None = None) -> TensorD
     for i, key in enumerate(probe.keys):
         td.set(key, found[i] if reader.vector else found[i].squeeze(-1))
     return td
+
+
+def _check_probe(probe: object) -> None:
+    if not isinstance(probe, Probe):
+        raise BadType("not a probe", got=type(probe).__name__, needed="a probe", fix='LinearProbe("x", "label")')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ def run_episodes(
     Default: no steps are kept.
     """
     seeds = check_run(env, policy, seeds)
-    if max_steps < 1 or not len(seeds):
+    if type(max_steps) is not int or max_steps < 1 or not seeds:
         raise BadValue(
             "no episode to run", got=f"{len(seeds)} seeds, max_steps={max_steps}", needed="at least one each"
         )

@@ -101,6 +101,8 @@ def explain_rollout(
     if unit not in ("step", "trajectory"):
         raise BadValue("not a unit", got=f"unit={unit!r}", needed='"step" or "trajectory"')
     pieces = _pieces(rollout)
+    if into is not None and not isinstance(into, (str, Path)):
+        raise BadType("not a folder", got=repr(into), needed="a path")
     if into is not None and len(pieces) > 1:
         fix = "pad_sequence(trajectories, return_mask=True)"
         raise BadValue("ragged trajectories can't be one memory-mapped result", got=f"into={into}", fix=fix)

@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks import Pullback, Target, check_module, check_td
+from tdconcepts.hooks import Pullback, Target, check_module
 from tdconcepts.keys import ATTRIBUTION, NestedKey, as_key, join, key_text
 from tdconcepts.metrics.randomisation import spearman
 
@@ -134,7 +134,8 @@ def factor_test(
         (tensor([1., 0.]), tensor([ True, False]))
     """
     check_module(policy, "the policy")
-    check_td(states)
+    if not isinstance(states, TensorDictBase):
+        raise BadType("not states", got=type(states).__name__, needed="a TensorDict of states [*B]")
     score = as_key(join(ATTRIBUTION, as_key(wrt)))
     if score not in check_module(explainer, "the explainer").out_keys:
         got = f"out_keys {list(explainer.out_keys)}"

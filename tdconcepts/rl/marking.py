@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import check_module, check_td, dispatch_rows
 from tdconcepts.keys import INTERVENTION, NestedKey, check_writable
 
@@ -87,6 +87,8 @@ def check_marked(data: TensorDictBase, acting: Marked) -> None:
         >>> acting = rl.Marked(patch(policy, {"concept": Ablate([3])}))
         >>> check_marked(rl.cartpole_env(2, seed=0).rollout(3, acting), acting)
     """
+    if not isinstance(data, TensorDictBase):
+        raise BadType("not data", got=type(data).__name__, needed="a TensorDict")
     marks = data.get(MARK)
     if marks is None:
         raise BadKey(

@@ -172,7 +172,7 @@ def compare_returns(
         raise BadType("not variants by name", got=type(variants).__name__, needed="a mapping name -> variant")
     if BASELINE in variants:
         raise BadValue(f"a variant is named {BASELINE!r}", needed="another name: this one is the baseline's")
-    if not 0.0 < confidence < 1.0:
+    if type(confidence) is not float or not 0.0 < confidence < 1.0:
         raise BadValue("confidence is out of range", got=confidence, needed="a number in (0, 1)", fix="confidence=0.95")
     named, controlled = _with_controls({BASELINE: policy, **variants}, controls)
     written = _written(policy) if flip_rate else None
@@ -296,8 +296,8 @@ def _total_variation(base: list[Tensor], other: list[Tensor], visited: Visited) 
 
 def _with_controls(named: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """The variants, each followed by its controls, and which are whose."""
-    if count < 0:
-        raise BadValue("a negative number of controls", got=count, needed="controls >= 0")
+    if type(count) is not int or count < 0:
+        raise BadValue("not a number of controls", got=repr(count), needed="an int, 0 or more")
     found: dict[str, Any] = {}
     whose: dict[str, tuple[str, ...]] = {}
     for name, variant in named.items():

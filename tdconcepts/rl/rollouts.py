@@ -48,7 +48,7 @@ def rollout_episodes(
     """
     given = check_run(env, policy, () if seeds is None else seeds)
     width = max(1, env.batch_size.numel())
-    if max_steps < 1 or (seeds is not None and len(given) != width):
+    if type(max_steps) is not int or max_steps < 1 or (seeds is not None and len(given) != width):
         got = f"max_steps={max_steps}" + ("" if seeds is None else f", {len(given)} seeds")
         raise BadValue("these episodes can't be run", got=got, needed=f"at least one step, {width} seeds or None")
     with torch.no_grad(), interaction(greedy):

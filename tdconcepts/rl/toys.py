@@ -50,7 +50,7 @@ def recall_env(num_envs: int = 16, *, delay: int = 6, seed: int | None = None) -
         >>> td["next", "done"][0, :, 0].tolist()
         [False, False, False, True]
     """
-    if num_envs < 1 or delay < 0:
+    if any(type(n) is not int for n in (num_envs, delay)) or num_envs < 1 or delay < 0:
         raise BadValue("no such environments", got=f"num_envs={num_envs}, delay={delay}", needed="1 or more, 0 or more")
     envs, data = import_extra("torchrl.envs", "rl"), import_extra("torchrl.data", "rl")
     state = data.Unbounded((1, RECALL_WIDTH))
@@ -149,7 +149,7 @@ def meeting_env(num_envs: int = 32, *, agents: int = 3, seed: int | None = None)
         >>> rl.meeting_env(4, agents=2, seed=0).rollout(30)["agents", "observation"].shape
         torch.Size([4, 20, 2, 2])
     """
-    if num_envs < 1 or agents < 2:
+    if any(type(n) is not int for n in (num_envs, agents)) or num_envs < 1 or agents < 2:
         raise BadValue("no such environments", got=f"num_envs={num_envs}, agents={agents}", needed="1 and 2 or more")
     return _classes()["MeetingEnv"](num_envs, agents, seed)
 
@@ -220,7 +220,7 @@ def multiagent_meeting(
 
 
 def _check_updates(updates: int) -> None:
-    if updates < 1:
+    if type(updates) is not int or updates < 1:
         raise BadValue("no updates to train with", got=f"updates={updates}", needed="at least one")
 
 

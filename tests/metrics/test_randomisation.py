@@ -64,7 +64,7 @@ def test_layers_in_an_order_of_ones_own():
         parameter_randomisation(lambda m: None, net, td)
     with pytest.raises(BadType, match="what makes the explainer"):
         parameter_randomisation(None, net, td)
-    with pytest.raises(BadType, match="not a TensorDict"):
+    with pytest.raises(BadType, match="not states"):
         parameter_randomisation(lambda m: Gradient(m, Target("q", 0)), net, None)
     bare = TensorDictModule(nn.Tanh(), ["x"], ["q"])
     with pytest.raises(BadValue, match="nothing to randomise"):

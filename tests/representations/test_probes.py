@@ -88,6 +88,7 @@ def test_a_latent_with_equal_units_is_no_problem():
         ({"mask": torch.ones(6, 19, dtype=torch.bool)}, BadValue, "shapes"),
         ({"z": torch.ones(6, 20, 5, dtype=torch.int64)}, BadType, "z: torch.int64"),
         ({"y": [1.0]}, BadType, "y: list"),
+        ({"mask": "m"}, BadType, "mask: str"),
         ({"ridge": -1.0}, BadValue, "ridge is out of range"),
         ({"folds": 1}, BadValue, "not a number of folds"),
         ({"mask": (torch.arange(6) == 0)[:, None].expand(6, 20)}, BadValue, "held out from itself"),

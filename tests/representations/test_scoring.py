@@ -116,6 +116,8 @@ def test_bad_input(options, error, text):
 def test_what_is_no_probe():
     with pytest.raises(BadType, match="not a probe"):
         cross_validate("x", make())
+    with pytest.raises(BadType, match="not a probe"):
+        score(None, make())
 
 
 def test_a_constant_label_has_no_r2():

@@ -70,7 +70,7 @@ def test_bad_input():
         factor_test(policy(), explain, td, {"x": minus(0)})
     with pytest.raises(BadType, match="the place of 'x' is no tensor"):
         factor_test(policy(), explain, td, {"x": Factor(minus(0), [True] * 3)})
-    with pytest.raises(BadType, match="not a TensorDict"):
+    with pytest.raises(BadType, match="not states"):
         factor_test(policy(), explain, None, FACTORS)
     with pytest.raises(BadValue, match="gives other states"):
         factor_test(policy(), explain, td, {"x": Factor(lambda t: t[0], torch.ones(3).bool())})

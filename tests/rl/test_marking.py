@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from tdconcepts import Ablate, Do, Site, Steps, When, intervene, patch
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.rl import cartpole_policy
 from tdconcepts.rl.marking import MARK, Marked, check_marked
 
@@ -50,6 +50,8 @@ def test_check():
     check_marked(step(acting), acting)
     with pytest.raises(BadValue, match="3 of 6 steps"):
         check_marked(torch.cat([step(acting), step(plain)]), acting)
+    with pytest.raises(BadType, match="not data"):
+        check_marked(None, acting)
     with pytest.raises(BadKey, match="no marks"):
         check_marked(step(policy), acting)
 

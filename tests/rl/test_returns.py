@@ -208,7 +208,7 @@ def test_controls_move_as_far():
         result.against_controls("unpatched")
     with pytest.raises(BadType, match="no controls"):
         compare_returns(Echo(), actor, {"other": actor}, seeds=[1], controls=1)
-    with pytest.raises(BadValue, match="negative"):
+    with pytest.raises(BadValue, match="not a number of controls"):
         compare_returns(Echo(), actor, {}, seeds=[1], controls=-1)
 
 
@@ -254,8 +254,14 @@ def test_bad_input():
         compare_returns(env, actor, {"three": 3}, seeds=[1])
     with pytest.raises(BadValue, match="named 'unpatched'"):
         compare_returns(env, actor, {"unpatched": actor}, seeds=[1])
-    with pytest.raises(BadValue, match="confidence"):
-        compare_returns(env, actor, {}, seeds=[1], confidence=95)
+    for confidence in (95, "high"):
+        with pytest.raises(BadValue, match="confidence"):
+            compare_returns(env, actor, {}, seeds=[1], confidence=confidence)
+    for controls in (-1, "two"):
+        with pytest.raises(BadValue, match="not a number of controls"):
+            compare_returns(env, actor, {}, seeds=[1], controls=controls)
+    with pytest.raises(BadValue, match="no episode"):
+        compare_returns(env, actor, {}, seeds=[1], max_steps=2.5)
     with pytest.raises(BadValue, match="no episode"):
         compare_returns(env, actor, {}, seeds=[])
     with pytest.raises(BadType, match="flip_rate"):

@@ -112,7 +112,8 @@ def test_errors():
         recall_env(0)
     with pytest.raises(BadValue, match="no such environments"):
         recall_env(2, delay=-1)
-    with pytest.raises(BadValue, match="no such environments"):
-        meeting_env(2, agents=1)
+    for agents in (1, "two"):
+        with pytest.raises(BadValue, match="no such environments"):
+            meeting_env(2, agents=agents)
     with pytest.raises(AttributeError):
         _ = toys.Nothing
