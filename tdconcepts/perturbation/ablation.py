@@ -84,8 +84,12 @@ class FeatureAblation(Replaceable, TensorDictModuleBase):
 class Occlusion(Replaceable, TensorDictModuleBase):
     r"""What the target loses under a sliding window: the mean of :math:`y(w) - y(w \text{ without } W)` over windows.
 
-    Reads, writes, errors and options as :class:`FeatureAblation`, without ``mask``. An element gets the mean over the
-    windows that cover it. Each entry is for itself.
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on; ``("baseline", *k)`` | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    As :class:`FeatureAblation`, but for the features: windows that overlap, in place of a ``mask``. An element gets the
+    mean over the windows that cover it. Each entry is for itself.
 
     Args:
         module: a TensorDictModule.
@@ -94,10 +98,12 @@ class Occlusion(Replaceable, TensorDictModuleBase):
         window: the size of the window in elements, for the last dims of a row (the dims before them are covered
             whole), or a dict of these by key. The last window of a dim ends with it.
         stride: how far the window moves, 1 by default; at most the window.
-        options: ``baseline``, ``progress``, ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``.
+        options: ``baseline``, ``progress``; see :class:`~tdconcepts.perturbation.Perturbed`; and ``chunk_size``,
+            ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: sizes below one, more of them than dims, or a stride that leaves elements out.
+        BadValue: sizes below one, more of them than dims, a stride that leaves elements out, a mask, or a baseline of
+            another shape. BadType: what is no baseline. BadKey: a window or baseline for something else.
 
     Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014 (section 4.2).
 

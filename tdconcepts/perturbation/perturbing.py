@@ -38,6 +38,29 @@ class Perturbed(Options, total=False):
             part of the keys that hold it; a callable ``(value, batch_dims) -> value`` (:class:`Blur`, :class:`Mean`); a
             TensorDict of M rows, over which results are averaged; or a dict of these by key. Default:
             ``("baseline", *k)`` where the TensorDict has it, else zero.
+
+    Raises:
+        BadType: what is no mask or baseline. BadKey: one for something that is not explained, or that is not there.
+        BadValue: one of another shape.
+
+    Examples:
+        Superpixels: any map of labels is a mask, ``[H, W]`` for all channels of an image, or one for each row. Here a
+        segmentation of each image is an entry, and a segment is replaced by the mean of its image:
+
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> from tdconcepts.perturbation import FeatureAblation, Mean
+        >>> net = TensorDictModule(lambda image: image[:, 0, 0, 0], ["image"], ["y"])
+        >>> options: Perturbed = {"mask": "segments", "baseline": Mean((-2, -1))}
+        >>> explain = FeatureAblation(net, Target("y"), **options)
+        >>> labels = torch.tensor([[[0, 0, 1], [2, 1, 1]], [[5, 6, 6], [5, 5, 6]]])
+        >>> image = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0]).view(1, 1, 2, 3).expand(2, 3, 2, 3)
+        >>> td = TensorDict(image=image, segments={"image": labels}, batch_size=[2])
+        >>> explain(td)["attribution", "image"][:, 0]
+        tensor([[[0.5000, 0.5000, 0.0000],
+                 [0.0000, 0.0000, 0.0000]],
+                [[0.5000, 0.0000, 0.0000],
+                 [0.5000, 0.5000, 0.0000]]])
     """
 
     mask: Masks

@@ -98,17 +98,22 @@ class ShapleySampling(Replaceable, TensorDictModuleBase):
 class ShapleyExact(Replaceable, TensorDictModuleBase):
     r"""Shapley values, from all subsets: :math:`\sum_{S \not\ni g} \frac{|S|!\,(G-|S|-1)!}{G!}\,(y(S \cup g) - y(S))`.
 
-    Reads, writes and options as :class:`ShapleySampling`. ``2 ** G`` forwards for G features (not G!), so G is at most
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on; ``("baseline", *k)`` | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    As :class:`ShapleySampling`, without chance. ``2 ** G`` forwards for G features (not G!), so G is at most
     20.
 
     Args:
         module: a TensorDictModule.
         target: what is explained.
         wrt: entries and sites, one or a list; default: all entries that the module reads.
-        options: ``mask``, ``baseline``, ``progress``, ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``.
+        options: ``mask``, ``baseline``, ``progress``; see :class:`~tdconcepts.perturbation.Perturbed`; and
+            ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: more than 20 features.
+        BadValue: more than 20 features. BadType: what is no mask or baseline.
 
     Source: Shapley, *A value for n-person games*, 1953 (equation 13).
 

@@ -127,6 +127,18 @@ class Fitted(Perturbed, total=False):
 
     Args:
         penalty: of the coefficients: ``"l2"`` (ridge regression, the default) or ``"l1"`` (the lasso: many are zero).
+
+    Raises:
+        BadValue: a penalty of no such kind; and what :class:`~tdconcepts.perturbation.Perturbed` raises.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule
+        >>> net = TensorDictModule(lambda x: x[..., 0] + 1e-3 * x[..., 1], ["x"], ["y"])
+        >>> options: Fitted = {"penalty": "l1", "mask": torch.tensor([0, 1, 1])}
+        >>> explain = Lime(net, Target("y"), generator=torch.Generator().manual_seed(0), **options)
+        >>> (explain(TensorDict(x=torch.ones(1, 3), batch_size=[1]))["attribution", "x"] > 0).tolist()
+        [[True, False, False]]
     """
 
     penalty: Literal["l1", "l2"]
@@ -136,7 +148,11 @@ class Lime(Replaceable, TensorDictModuleBase):
     r"""The coefficients of a local linear regression: :math:`\min_{\phi, c} \sum_S \pi(S)\,(y(S) - c - \sum_{g \in S}
     \phi_g)^2 + \alpha\|\phi\|^2`.
 
-    Reads and writes as :class:`KernelShap`. Each feature stays with probability 1/2 in a subset S; :math:`\pi(S) =
+    | reads | writes |
+    |---|---|
+    | the entries that the target depends on; ``("baseline", *k)`` | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    Each feature stays with probability 1/2 in a subset S; :math:`\pi(S) =
     \exp(-d^2 / 2\sigma^2)` with the cosine distance :math:`d = 1 - \sqrt{|S| / G}` to the whole row. All rows share the
     subsets, so one linear solve serves the whole batch.
 
@@ -156,6 +172,7 @@ class Lime(Replaceable, TensorDictModuleBase):
 
     Raises:
         BadValue: no samples, a width that is not positive, a negative penalty, or one of no such kind.
+        BadType: what is no generator, mask or baseline.
 
     Source: Ribeiro et al., *"Why should I trust you?" Explaining the predictions of any classifier*, 2016 (equation 2);
     Friedman et al., *Pathwise coordinate optimization*, 2007.
