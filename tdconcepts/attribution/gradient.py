@@ -87,8 +87,7 @@ class Gradient(Replaceable, TensorDictModuleBase):
     _needs_points = False
 
     def _combine(self, gradient: Tensor, point: Tensor) -> Tensor:
-        shared = len(self._explaining.attribution_keys) > 1 or 0 in gradient.stride()
-        return gradient.clone() if shared else gradient  # autograd may give two inputs one tensor, or an expanded one
+        return self._explaining.own(gradient)
 
 
 class Saliency(Gradient):

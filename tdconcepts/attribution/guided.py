@@ -108,7 +108,7 @@ def _explaining(
 
 def _flows(this: Explaining, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
     pulled = this.pullback(td, create_graph=this.create_graph, held=held, width=this.width(td))
-    results = dict(zip(this.attribution_keys, (flow.clone() for flow in pulled.gradients), strict=True))
+    results = dict(zip(this.attribution_keys, map(this.own, pulled.gradients), strict=True))
     return results | this.written(pulled.outputs)
 
 

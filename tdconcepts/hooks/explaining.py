@@ -184,6 +184,10 @@ class Explaining:
         width = max(1, self.rows(td, self.in_keys) // max(1, copies * td.numel()))
         return width if self.chunk_size is not None or width >= _FEW else 1
 
+    def own(self, gradient: Tensor) -> Tensor:
+        """``gradient`` as memory of its own: autograd may give two inputs one tensor, or an expanded one."""
+        return gradient.clone() if len(self.attribution_keys) > 1 or 0 in gradient.stride() else gradient
+
     def written(self, outputs: TensorDictBase) -> dict[NestedKey, Tensor]:
         """The module's own outputs, where they are wanted."""
         if not self.outputs:

@@ -20,7 +20,7 @@ from tdconcepts.hooks.locate import locate
 from tdconcepts.hooks.plain import call_stage
 from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
 from tdconcepts.hooks.sites import Place, Site
-from tdconcepts.hooks.stages import check_module, containers, needed, overlap
+from tdconcepts.hooks.stages import check_module, containers, needed, overlap, overwrites_nothing
 from tdconcepts.hooks.targets import Target
 from tdconcepts.hooks.watch import Pulled, Read, Seen, Watch, settle
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -99,6 +99,7 @@ class Pullback:
             steps = list(stopping(steps)) if program.stop else steps
         self.plan = Plan(module, steps, program.only_through if program else ())
         self.in_keys = self._needed_keys()
+        self._unchanged = overwrites_nothing(module)  # as far as anybody can tell
 
     @property
     def names(self) -> list[str | NestedKey]:
@@ -158,10 +159,16 @@ class Pullback:
                 work.set(key, leaf)
             run = Run(self.plan, work, owner)
             run.store["points"] = points
-            run.store["snapshot"], run.store["create_graph"] = snapshot, create_graph
+            run.store["unchanged"] = snapshot and self._unchanged and not create_graph
+            run.store["snapshot"] = snapshot and not self._unchanged
+            run.store["create_graph"] = create_graph
             work = run_under(run, self._forward, work, run)
             values, several = self._values(work, td, run, held)
             seen = [run.store[w] if w in self._places else Seen(leaves[w], handle=leaves[w]) for w in self.wrt]
+            if any(s.version is not None and s.value._version != s.version for s in seen):
+                self._unchanged = False  # something does, and the values at sites are to be copied
+                how = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
+                return self(td, points, **how, owner=owner)
             found = vector_jacobian(values, [s.handle for s in seen], several, create_graph, width, self.target.name)
             gradients, where = [], []
             for w, gradient, one in zip(self.wrt, found, seen, strict=True):

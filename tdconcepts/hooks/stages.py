@@ -10,7 +10,7 @@ from torch import nn
 from tdconcepts.errors import BadKey, BadType, nearest
 from tdconcepts.keys import NestedKey, as_key, join, key_text
 
-__all__ = ["check_module", "containers", "cut", "needed", "stages", "writer"]
+__all__ = ["check_module", "containers", "cut", "needed", "overwrites_nothing", "stages", "writer"]
 
 
 def check_module(module: object, what: str = "module") -> TensorDictModuleBase:
@@ -173,6 +173,21 @@ def _listed(module: TensorDictModuleBase) -> list[TensorDictModuleBase]:
     held = module.module
     children = list(held.values()) if isinstance(held, nn.ModuleDict) else list(held)
     return children if all(isinstance(child, TensorDictModuleBase) for child in children) else []
+
+
+def overwrites_nothing(module: nn.Module) -> bool:
+    """Whether nothing in ``module`` is known to change an activation in place: not so of any forward not torch's own.
+
+    Examples:
+        >>> overwrites_nothing(nn.Sequential(nn.Linear(4, 2), nn.ReLU())), overwrites_nothing(nn.ReLU(inplace=True))
+        (True, False)
+    """
+    return all(map(_overwrites_nothing, module.modules()))
+
+
+def _overwrites_nothing(module: nn.Module) -> bool:
+    known = type(module).__module__.startswith(("torch.nn.modules.", "tensordict."))
+    return (known and getattr(module, "inplace", False) is not True) or isinstance(module, TensorDictModuleBase)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -83,6 +83,8 @@ _LEAF = torch.empty(0, requires_grad=True)
 class Watch:
     """Record where the gradient with respect to a site can be taken, and put a given point in its place.
 
+    Where the caller of a run says ``"unchanged"``, nothing is known to overwrite the value, which is then not copied.
+
     The graph's *edge* is kept, not the tensor, so an in-place ReLU that follows changes nothing. A value without a
     graph becomes a leaf that requires grad.
     """
@@ -107,8 +109,9 @@ class Watch:
                 base = value = _Explained.apply(value, _LEAF)
             kept = base if store.get("create_graph") else base.detach()
             kept = kept.clone() if store.get("snapshot") or store.get("create_graph") else kept
+            version = kept._version if store.get("unchanged") else None
             mapped = None if base is value else torch._C._functorch.maybe_get_bdim(value)
-            store[self.key] = Seen(kept, handle=get_gradient_edge(base), mapped=mapped)
+            store[self.key] = Seen(kept, version, get_gradient_edge(base), mapped)
             return value.clone() if base._is_view() else value  # an in-place operation would rebase a view's history
         if base is not value:
             raise BadValue(
@@ -119,6 +122,9 @@ class Watch:
             needed = "floating point numbers, which have gradients"
             raise BadType(f"no gradient of {self.key}", got=str(value.dtype), needed=needed, fix="name other sites")
         leaf = value.detach().requires_grad_() if not value.is_inference() else value.clone().requires_grad_()
+        if store.get("unchanged"):
+            store[self.key] = Seen(leaf, leaf._version, leaf)
+            return _Explained.apply(leaf, _LEAF)
         store[self.key] = Seen(leaf, handle=leaf)
         return leaf.clone()  # a leaf that requires grad must not be changed in place
 

@@ -635,3 +635,16 @@ def test_a_selection_reads_what_was_given_and_what_the_model_writes():
         pull(td.exclude("action"))
     with pytest.raises(BadKey, match="writes no entry 'scale'"):
         Pullback(module[0], Target("q", Ratio()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_value_at_a_site_is_the_one_of_its_time_whatever_a_hook_overwrites(frozen):
+    """Nothing in the model says that it does; it is seen, and the values are copied from then on."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).requires_grad_(not frozen)
+    layers[1].register_forward_pre_hook(lambda _, args: (args[0].mul_(2),))
+    net, td = TensorDictModule(layers, ["x"], ["y"]), TensorDict(x=torch.randn(5, 3), batch_size=[5])
+    pull = Pullback(net, Target("y", 0), Site("0"))
+    for _ in range(2):
+        (point,) = pull(td, snapshot=True).points
+        torch.testing.assert_close(point, layers[0](td["x"]).detach())
