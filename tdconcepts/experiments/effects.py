@@ -58,7 +58,7 @@ class AblationEffects(TensorDictModuleBase):
         experiments = parts[0]
         for part in parts[1:]:
             experiments = experiments + part
-        self.sweep = Sweep(model, experiments, outputs=as_key(target.of), chunk_size=chunk_size)
+        self.sweep = Sweep(model, experiments, outputs=list[Where](target.goals), chunk_size=chunk_size)
         read = [key for key in self.sweep.in_keys if join(key)[0] != DONOR]
         self.in_keys = list(dict.fromkeys([*read, *target.in_keys]))
         self.out_keys = [EFFECT]
@@ -71,10 +71,9 @@ class AblationEffects(TensorDictModuleBase):
         lead, target = tensordict.batch_dims, self.target
         with torch.no_grad():
             run, out = self._prepared(tensordict)
-            swept = self.sweep(run)[SWEEP].get(target.of)
-            before = out.get(target.of)
-            held = target.hold(before, lead) if target.moves else None
-            y = measured(target, before, tensordict, lead, held).unsqueeze(lead)
+            swept = self.sweep(run)[SWEEP]
+            held = target.hold(out.get(target.of), lead) if target.moves else None
+            y = measured(target, out, tensordict, lead, held).unsqueeze(lead)
             y_n = measured(target, swept, tensordict, lead, held, experiments=True)
         return tensordict.set(EFFECT, y_n - y)
 

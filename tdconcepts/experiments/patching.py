@@ -79,7 +79,7 @@ class Patching(TensorDictModuleBase):
         self.sites = concrete(model, sites)
         if target is not None:
             check_target(model, target)
-        self._outputs = list(map(as_key, model.out_keys)) if target is None else [as_key(target.of)]
+        self._outputs = list(map(as_key, model.out_keys if target is None else target.goals))
         extra = [] if target is None else target.in_keys
         read = map(as_key, model.in_keys)
         if noise is None:
@@ -111,7 +111,8 @@ class Patching(TensorDictModuleBase):
                     out = noisy(run.copy())
             results = self._swept(sweep, run)
             if self.target is not None:
-                results.append(self._effects(self.target, tensordict, results[0], out, donor_out))
+                swept = dict(zip(self._outputs, results, strict=True))
+                results.append(self._effects(self.target, tensordict, swept, out, donor_out))
         for key, value in zip(self._written(), results, strict=True):
             tensordict.set(key, value)
         return tensordict
@@ -139,14 +140,18 @@ class Patching(TensorDictModuleBase):
         return [swept.get(key) for key in sweep.out_keys]
 
     def _effects(
-        self, target: Target, td: TensorDictBase, swept: Tensor, out: TensorDictBase, donor_out: TensorDictBase
+        self,
+        target: Target,
+        td: TensorDictBase,
+        swept: dict[NestedKey, Tensor],
+        out: TensorDictBase,
+        donor_out: TensorDictBase,
     ) -> Tensor:
         lead = td.batch_dims
-        before, at_donor = out.get(target.of), donor_out.get(target.of)
         held = None
         if target.moves:
-            held = target.hold(at_donor if self._runs[1] == "clean" else before, lead)
-        y, y_donor = (measured(target, value, td, lead, held) for value in (before, at_donor))
+            held = target.hold((donor_out if self._runs[1] == "clean" else out).get(target.of), lead)
+        y, y_donor = (measured(target, written, td, lead, held) for written in (out, donor_out))
         y_n = measured(target, swept, td, lead, held, experiments=True)
         y, y_donor = y.unsqueeze(lead), y_donor.unsqueeze(lead)
         return (y_n - y) / (y_donor - y)

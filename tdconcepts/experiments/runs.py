@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -79,21 +80,38 @@ def check_target(model: TensorDictModuleBase, target: object) -> None:
         raise BadType("not a Target", got=repr(target), needed='Target("logits", 3)')
     if isinstance(target.of, Site) or target.of not in model.out_keys:
         raise BadKey("the target is no entry that the model writes", got=repr(target), needed=f"{model.out_keys}")
+    target.check_goals(model.out_keys)
 
 
 def measured(
-    target: Target, value: Tensor, td: TensorDictBase, lead: int, held: Tensor | None, experiments: bool = False
+    target: Target,
+    written: Any,
+    td: TensorDictBase,
+    lead: int,
+    held: Tensor | None,
+    experiments: bool = False,
 ) -> Tensor:
-    """The target's numbers of ``value`` ``[*B, ...]``, or of ``[*B, N, ...]`` where there are experiments."""
-    if not experiments:
-        return target.read(value, td, lead, held)[0]
-    shape = value.shape[: lead + 1]
-    rows = TensorDict({}, batch_size=shape, device=td.device)
-    for key in target.in_keys:
-        entry = td.get(key)
-        if isinstance(entry, Tensor):
-            rows.set(key, entry.unsqueeze(lead).expand(*shape, *entry.shape[lead:]))
-    return target.read(value, rows, lead + 1, None if held is None else held.unsqueeze(lead).expand(shape))[0]
+    """The target's numbers of what was written, ``[*B, ...]``, or ``[*B, N, ...]`` where there are experiments.
+
+    Args:
+        target: what is measured.
+        written: the entries that the model wrote, the target's ``goals`` among them; a TensorDict or a dict.
+        td: what else the target reads.
+        lead: how many dims are the batch.
+        held: what the target's ``"argmax"`` chose.
+        experiments: whether there is one dim of them after the batch.
+    """
+    value = written.get(target.of)
+    rows = td.copy() if not experiments else TensorDict({}, batch_size=value.shape[: lead + 1], device=td.device)
+    if experiments:
+        held = None if held is None else held.unsqueeze(lead).expand(rows.batch_size)
+        for key in target.in_keys:
+            entry = td.get(key)
+            if isinstance(entry, Tensor):
+                rows.set(key, entry.unsqueeze(lead).expand(*rows.batch_size, *entry.shape[lead:]))
+    for key in target.goals:
+        rows.set(key, written.get(key))
+    return target.read(value, rows, rows.batch_dims, held)[0]
 
 
 def _every_call(site: Site) -> Site:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from experiments.models import cnn, language, mlp, pipeline, residual
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.experiments import ablation_effects, activation_patching, attribution_patching, each, every
-from tdconcepts.hooks import Ablate, Site, Target, capture, patch
+from tdconcepts.hooks import Ablate, Add, Site, Target, capture, patch
 
 TARGET = Target("y", 0)
 
@@ -153,6 +153,39 @@ def test_batch_dims():
         effects(td["clean"].copy())["ablation", "effect"][0, 1],
         effects(single["clean"].copy())["ablation", "effect"],
     )
+
+
+class Density:
+    """The log-density of a logged number: it reads two entries that the model writes, and one that it doesn't."""
+
+    goals, in_keys = ("loc", "scale"), ("a",)
+
+    def __call__(self, value, td):
+        return torch.distributions.Normal(td["loc"], td["scale"]).log_prob(td["a"]).squeeze(-1)
+
+
+def test_a_target_of_several_entries():
+    torch.manual_seed(1)
+    model = TensorDictSequential(
+        TensorDictModule(nn.Linear(4, 3), ["x"], ["h"]),
+        TensorDictModule(nn.Linear(3, 1), ["h"], ["loc"]),
+        TensorDictModule(nn.Sequential(nn.Linear(3, 1), nn.Softplus()), ["h"], ["scale"]),
+    )
+    clean, corrupt = (TensorDict(x=torch.randn(2, 5, 4), batch_size=[2, 5]) for _ in range(2))
+    td, target = clean.copy().set("a", torch.randn(2, 5, 1)), Target("loc", Density())
+
+    def y(run, edits=None):
+        with patch(model, edits or {"h": Add(0.0)}) as m:
+            return Density()(None, m(run.copy()).set("a", td["a"]))
+
+    effect = ablation_effects(model, "h", target)(td.copy())["ablation", "effect"]
+    torch.testing.assert_close(effect, torch.stack([y(td, {"h": Ablate([i])}) - y(td) for i in range(3)], -1))
+    both = TensorDict(clean=clean, corrupt=corrupt, a=td["a"], batch_size=[2, 5])
+    out = activation_patching(model, "h", target)(both)
+    assert sorted(out["sweep"].keys()) == ["loc", "scale"]
+    torch.testing.assert_close(out["patching", "effect"], torch.ones(2, 5, 1))
+    with pytest.raises(BadKey, match="no entry 'scale'"):
+        ablation_effects(model[:2], "h", target)
 
 
 def test_errors():

@@ -59,10 +59,12 @@ def test_runs_of():
 def test_measured_follows_the_logged_index():
     td = data(y=(3, 2)).set("a", torch.tensor([0, 1, 0]))
     target = Target("y", by="a")
-    y = measured(target, td["y"], td, 1, None)
+    y = measured(target, td, td, 1, None)
     torch.testing.assert_close(y, td["y"].gather(1, td["a"][:, None])[:, 0])
     several = torch.stack([td["y"], 2 * td["y"]], 1)
-    torch.testing.assert_close(measured(target, several, td, 1, None, experiments=True), torch.stack([y, 2 * y], 1))
+    torch.testing.assert_close(
+        measured(target, {"y": several}, td, 1, None, experiments=True), torch.stack([y, 2 * y], 1)
+    )
 
 
 def test_check_target():
