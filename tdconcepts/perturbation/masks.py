@@ -14,6 +14,7 @@ from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.hooks.sites import Site
 from tdconcepts.keys import NestedKey, as_key, join, key_text
+from tdconcepts.perturbation.baselines import accepts
 
 __all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "keyed_groups", "mask_key", "numbered"]
 
@@ -42,7 +43,7 @@ class Grid:
     cell: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        cell = (self.cell,) if isinstance(self.cell, int) else tuple(self.cell)
+        cell = tuple(self.cell) if isinstance(self.cell, (tuple, list)) else (self.cell,)
         if not cell or not all(type(size) is int and size >= 1 for size in cell):
             raise BadValue("not the size of a tile", got=f"cell={self.cell!r}", needed="ints >= 1, one for each dim")
         object.__setattr__(self, "cell", cell)
@@ -66,7 +67,7 @@ class Along:
         dim: the dim of a *row*, without the batch dims.
 
     Raises:
-        BadValue: at the call, for a dim that the row does not have.
+        BadValue: what is no dim; at the call, a dim that the row does not have.
 
     Examples:
         >>> Along(0)(torch.Size([2, 3]))
@@ -75,6 +76,10 @@ class Along:
     """
 
     dim: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.dim) is not int:
+            raise BadValue("not a dim", got=f"dim={self.dim!r}", needed="an int")
 
     def __call__(self, row: torch.Size) -> Tensor:
         if not -len(row) <= self.dim < len(row):
@@ -151,6 +156,7 @@ def numbered(
             ids = _entry(masks, name, td)
         else:
             ids = mask if isinstance(mask, Tensor) else mask(row)
+            _check(ids, made=True)
         front = ids.shape[:lead] if keyed else (1,) * lead
         rest = ids.shape[lead:] if keyed else ids.shape
         try:
@@ -197,12 +203,13 @@ def _held(td: TensorDictBase, key: NestedKey) -> Any:
     return inner.get(tuple(rest), None) if isinstance(inner, TensorDictBase) else None
 
 
-def _check(mask: object) -> None:
-    if isinstance(mask, (str, tuple)):
+def _check(mask: object, made: bool = False) -> None:
+    """Raise for what is no mask; one that was made by a callable is a tensor."""
+    if isinstance(mask, (str, tuple)) and not made:
         as_key(mask)
         return
     whole = isinstance(mask, Tensor) and not (mask.is_floating_point() or mask.is_complex())
-    if not whole and (isinstance(mask, Tensor) or not callable(mask)):
+    if not whole and (isinstance(mask, Tensor) or made or not accepts(mask, 1)):
         raise BadType(
             "not a mask",
             got=str(mask.dtype) if isinstance(mask, Tensor) else repr(mask),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from tdconcepts import Target
 from tdconcepts.errors import BadKey, BadType, BadValue
@@ -35,6 +36,7 @@ ROW = torch.tensor([0.1, -0.2, 0.3, 2.0], dtype=torch.float64)
         ({"x": 3.0}, lambda x: torch.full_like(x, 3.0)),
         ({}, torch.zeros_like),
         (Mean(), lambda x: x.mean(-1, keepdim=True).expand(x.shape)),
+        (Mean(0), lambda x: x.mean(-1, keepdim=True).expand(x.shape)),
         (lambda value, lead: value.flip(-1), lambda x: x.flip(-1)),
     ],
 )
@@ -90,7 +92,7 @@ def test_what_is_no_baseline(net, batch):
     def make(baseline):
         return FeatureAblation(net, Target("logits", 1), baseline=baseline)
 
-    for wrong in (float("nan"), True, [1.0]):
+    for wrong in (float("nan"), True, [1.0], lambda value: value):
         with pytest.raises(BadType, match="not a baseline"):
             make(wrong)
     with pytest.raises(BadKey, match="not explained"):
@@ -107,7 +109,29 @@ def test_what_is_no_baseline(net, batch):
         make("reference")(batch(2))
     with pytest.raises(BadValue, match="2 dims in a row"):
         make(Blur())(batch(2))
-    with pytest.raises(BadValue, match="not a blur"):
-        Blur(0.0)
+    with pytest.raises(BadType, match="not a baseline of 'x'"):
+        make(lambda value, lead: None)(batch(2))
+    for nan in (torch.tensor(math.nan), TensorDict(x=torch.full((1, 4), math.nan), batch_size=[1])):
+        with pytest.raises(BadValue, match="not a number"):
+            make(nan)(batch(2))
+    for sigma, dims in ((0.0, 2), ("1", 2), (1.0, 1.5), (1.0, 0)):
+        with pytest.raises(BadValue, match="not a blur"):
+            Blur(sigma, dims)
     with pytest.raises(BadValue, match="no such dim"):
         Mean((3,))(torch.zeros(2, 3), 1)
+    with pytest.raises(BadValue, match="not dims"):
+        Mean((0.5,))
+
+
+def test_whole_numbers_stay_whole():
+    """Images of bytes; and what would be rounded in silence is refused."""
+    images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
+    for made, whole in ((Blur(1.0), Blur(1.0)(images.double(), 1)), (Mean((1, 2)), images.double().mean((2, 3), True))):
+        assert made(images, 1).dtype == torch.uint8
+        assert (made(images, 1) - whole).abs().max() <= 0.5 + 1e-9
+    model = TensorDictModule(lambda image: image.double().flatten(1).sum(-1), ["image"], ["y"])
+    td = TensorDict(image=images, batch_size=[2])
+    found = FeatureAblation(model, Target("y"), baseline=7.0)(td.copy())["attribution", "image"]
+    torch.testing.assert_close(found, images - 7.0, check_dtype=False)
+    with pytest.raises(BadValue, match="would be rounded"):
+        FeatureAblation(model, Target("y"), baseline=0.5)(td)

@@ -72,10 +72,18 @@ def test_what_is_no_mask():
         check_masks(torch.zeros(3, dtype=torch.long), ("x", Site("0")))
     with pytest.raises(BadValue, match="another shape"):
         ids_of(torch.zeros(3, dtype=torch.long), x=[4])
-    with pytest.raises(BadValue, match="size of a tile"):
-        Grid((2, 0))
+    for made in (None, 3, torch.zeros(4), "parts"):
+        with pytest.raises(BadType, match="not a mask"):
+            ids_of(lambda row, made=made: made, x=[4])
+    with pytest.raises(BadType, match="not a mask"):
+        check_masks(lambda: torch.zeros(3, dtype=torch.long), ("x",))
+    for cell in ((2, 0), 2.0, None, (), (1, 2.0)):
+        with pytest.raises(BadValue, match="size of a tile"):
+            Grid(cell)
     with pytest.raises(BadValue, match="more dims"):
         Grid((2, 2))(torch.Size([4]))
+    with pytest.raises(BadValue, match="not a dim"):
+        Along(1.5)
     with pytest.raises(BadValue, match="no such dim"):
         Along(2)(torch.Size([4]))
 
