@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -13,7 +14,7 @@ from tdconcepts.concepts.graphs import Dag
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.concepts.stage import BlockStage, as_size, check_block
 from tdconcepts.errors import BadValue
-from tdconcepts.keys import NestedKey
+from tdconcepts.keys import NestedKey, as_key
 
 __all__ = ["GraphPropagation", "HyperEquations", "LinearEquations", "graph_layout"]
 
@@ -177,13 +178,32 @@ class GraphPropagation(BlockStage):
         """What the entry of the concepts holds."""
         return "probs"
 
+    def setting(self, key: NestedKey) -> GraphPropagation:
+        """The same stage (its parameters are shared) that reads what is set from another entry.
+
+        An intervention on a graph of concepts runs it behind the first: what depends on a changed concept follows.
+        """
+        again = copy.copy(self)
+        again.optional_keys = [as_key(key)]
+        return again
+
+    def leaning(self, key: NestedKey) -> GraphPropagation:
+        """The same stage whose concepts lean on the entry ``key`` ``[*B, C]``: not by its value, only by its gradient.
+
+        So the derivative by that entry is the total one by each concept, through all that depends on it.
+        """
+        again = copy.copy(self)
+        again._read, again.in_keys = [*self._read, as_key(key)], [*self.in_keys, as_key(key)]
+        return again
+
     def compute(self, *entries: Any) -> tuple[Tensor, ...]:
-        context, do = entries
+        (context, *lean), do = entries[:-1], entries[-1]
         shape = (self.equations.width,) if isinstance(self.equations, LinearEquations) else context.shape[-2:]
         check_block(context, shape, self._read[0])
         if do is not None:
             check_block(do, (self.concepts.size,), self.optional_keys[0])
             do = do.to(context) if self._in_order else do.to(context)[..., self.order]
+        push = [(each - each.detach() if self._in_order else (each - each.detach())[..., self.order]) for each in lean]
         if isinstance(self.equations, HyperEquations):
             check_block(context, (self.concepts.size, self.equations.width), self._read[0])
             context = context if self._in_order else context[..., self.order, :]
@@ -197,6 +217,8 @@ class GraphPropagation(BlockStage):
             if do is not None:
                 given = do[..., start:stop]
                 probs = torch.where(given.isnan(), probs, given)
+            for each in push:
+                probs = probs + each[..., start:stop]
             logits.append(found)
             before.append((start, stop, probs))
         block, values = torch.cat(logits, -1), torch.cat([probs for _, _, probs in before], -1)

@@ -120,6 +120,9 @@ class Intervention:
         else:
             first, last = cut(module, self.at)
             before, rest = tuple(first), tuple(last)
+            if hasattr(before[-1], "setting") and not any(self.at in stage.in_keys for stage in rest):
+                got = f"an edit of {key_text(self.at)}, which the graph has followed already"
+                raise BadValue("nothing would follow in a graph of concepts", got=got, fix="intervene(model, ...)")
         concepts, space = described(self.concepts, before[-1] if before else None, module)
         return Splice.described(self.at, concepts, space, rest=rest, before=before, out_key=self.out_key)
 

@@ -6,7 +6,15 @@ import copy
 from collections import OrderedDict
 from typing import Any, Self, Unpack
 
-from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase, TensorDictSequential
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    TensorDictSequential,
+    dispatch,
+    set_skip_existing,
+)
 from torch import nn
 
 from tdconcepts.errors import BadValue
@@ -16,6 +24,7 @@ from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.program import Intervention, described
 from tdconcepts.interventions.selection import Selection
 from tdconcepts.interventions.splice import Splice
+from tdconcepts.interventions.stages import read_block, write
 from tdconcepts.keys import INTERVENTION, NestedKey, as_key, check_writable, key_text
 
 __all__ = ["intervene"]
@@ -44,6 +53,11 @@ def intervene(
     a hook: the result is that of :class:`~tdconcepts.interventions.Intervention`. Interventions nest; those that
     follow each other on one entry write their score, mask, value and before over those of the first, unless given
     another ``out_key``.
+
+    In a graph of concepts (a :class:`~tdconcepts.concepts.GraphBottleneck`, a
+    :class:`~tdconcepts.concepts.CausalBottleneck`) one block holds causes and effects. What the intervention replaces
+    is then set as by ``do``, in ``("intervention", "do")`` (NaN elsewhere), and the graph is run once more: the edges
+    into it are cut, and all that depends on it follows.
 
     Args:
         model: a TensorDictSequential, or a TensorDictModule with ``at`` among its keys.
@@ -91,11 +105,19 @@ def intervene(
     plain = model if selected is None else _unselected(model)
     before, after = _cut(plain, at)
     found, space = described(concepts, before[-1] if before else None, model)
-    splice = Splice.described(at, found, space, rest=tuple(after), before=tuple(before), out_key=out_key)
+    writer: Any = before[-1] if _sets_itself(before, after, at) else None
+    rest = tuple(after) if writer is None else (writer.leaning(at), *after)
+    splice = Splice.described(at, found, space, rest=rest, before=tuple(before), out_key=out_key)
     pipeline = InterventionPipeline(UniformPolicy() if policy is None else policy, strategy, splice, **flags, **select)
-    check_writable(pipeline.out_keys, [*model.in_keys, *plain.out_keys])
-    result = _rebuilt(plain, before, pipeline, after)
-    return result if selected is None else result.select_out_keys(*selected, *(k for k in pipeline.out_keys if k != at))
+    written = [key for key in pipeline.out_keys if key != at]
+    added: list[TensorDictModuleBase] = [pipeline]
+    if writer is not None:
+        do = _Do(splice, writer.optional_keys[0])
+        added += [do, writer.setting(do.out_keys[0])]
+        written += do.out_keys
+    check_writable(written, [*model.in_keys, *plain.out_keys])
+    result = _rebuilt(plain, before, added, after)
+    return result if selected is None else result.select_out_keys(*selected, *written)
 
 
 def _cut(model: TensorDictModuleBase, at: NestedKey) -> tuple[list[TensorDictModuleBase], list[TensorDictModuleBase]]:
@@ -105,7 +127,7 @@ def _cut(model: TensorDictModuleBase, at: NestedKey) -> tuple[list[TensorDictMod
         return [], before + after
     before, after = cut(model, at)
     writer = before[-1]
-    is_read = any(at in stage.in_keys for stage in after)
+    is_read = any(at in stage.in_keys for stage in after) or _sets_itself(before, after, at)
     if not is_read and (after or list(writer.out_keys) != [at]):
         raise BadValue(
             f"no stage reads {key_text(at)} after it is written: an intervention there would change nothing",
@@ -116,18 +138,52 @@ def _cut(model: TensorDictModuleBase, at: NestedKey) -> tuple[list[TensorDictMod
     return before, after
 
 
+def _sets_itself(before: list[TensorDictModuleBase], after: list[TensorDictModuleBase], at: NestedKey) -> bool:
+    """Whether the writer is a graph of concepts, whose values follow what is set among them."""
+    is_read = any(at in stage.in_keys for stage in after)
+    return bool(before) and not is_read and hasattr(before[-1], "setting")
+
+
+class _Do(TensorDictModuleBase):
+    """What an intervention has replaced, as a graph of concepts takes it: NaN where nothing is set.
+
+    =======  ============================================  =================
+    reads    ``"concepts"``                                ``[*B, C]``
+    reads    ``("intervention", "mask")``                  ``[*B, C]``, bool
+    reads    what is set already, where it is there        ``[*B, C]``
+    writes   ``("intervention", "do")``                    ``[*B, C]``
+    =======  ============================================  =================
+    """
+
+    def __init__(self, splice: Splice, given: NestedKey) -> None:
+        super().__init__()
+        self.in_keys: list[NestedKey] = [splice.at, splice.key("mask")]
+        self.out_keys: list[NestedKey] = [splice.key("do")]
+        self.optional_keys = [given]
+
+    @dispatch(auto_batch_size=False)
+    @set_skip_existing(None)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        value, mask = (read_block(tensordict, key) for key in self.in_keys)
+        given = tensordict.get(self.optional_keys[0], None)
+        left = value.new_full((), torch.nan) if given is None else given.to(value)
+        return write(tensordict, self.out_keys[0], torch.where(mask, value, left))
+
+
 def _rebuilt(
     model: TensorDictModuleBase,
     before: list[TensorDictModuleBase],
-    pipeline: InterventionPipeline,
+    added: list[TensorDictModuleBase],
     after: list[TensorDictModuleBase],
 ) -> TensorDictSequential:
     """The stages as one pipeline of the model's kind, under their names where they have some."""
     held = getattr(model, "module", None)
     names = {id(m): name for name, m in held.items()} if isinstance(held, nn.ModuleDict) else {}
-    stages: list[TensorDictModuleBase] = [*before, pipeline, *after]
-    named = OrderedDict((names.get(id(s), f"intervention_{len(before)}"), s) for s in stages)
-    arguments: tuple[Any, ...] = (named,) if len(named) == len(stages) and names else tuple(stages)
+    names |= {id(s): f"{what}_{len(before)}" for s, what in zip(added, ("intervention", "do", "again"), strict=False)}
+    stages: list[TensorDictModuleBase] = [*before, *added, *after]
+    named = OrderedDict((names.get(id(s), ""), s) for s in stages)
+    has_names = len(named) == len(stages) and len(names) > len(added)
+    arguments: tuple[Any, ...] = (named,) if has_names else tuple(stages)
     if isinstance(model, ProbabilisticTensorDictSequential):
         return SplicedPolicy(*arguments, return_composite=model.return_composite)
     return Spliced(*arguments)

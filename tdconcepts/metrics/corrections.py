@@ -29,8 +29,12 @@ def correction_curve(
     out: NestedKey = "logits",
     counts: Sequence[int] | None = None,
     score: Score = task_hits,
+    among: Sequence[str] | None = None,
 ) -> Tensor:
     """The mean score of a model as k concepts of each row are replaced by their labels, for each k.
+
+    In a graph of concepts, whose tasks are concepts too, say which may be corrected by ``among``, and read the task off
+    the block: ``out="concepts", score=lambda block, task: (block[..., -1] > 0.5) == task``.
 
     Args:
         model: a concept model, which knows its ``concepts`` and its ``key``.
@@ -40,6 +44,7 @@ def correction_curve(
         task: the entry with the true task.
         out: the entry with the model's task output.
         counts: the numbers k. Default: 0, 1, ... up to all concepts.
+        among: the concepts that are corrected, by name. Default: all.
         score: ``(out, task) -> [*B]``; :func:`~tdconcepts.metrics.task_hits` by default, so the mean is the accuracy.
 
     Returns:
@@ -64,12 +69,13 @@ def correction_curve(
     if not isinstance(data.get(task, None), Tensor):
         raise BadKey("no task in the data", got=key_text(task), needed=nearest(task, list(data.keys(True, True))))
     concepts, key = getattr(model, "concepts", None), getattr(model, "key", "concepts")
-    ks = range(len(concepts) + 1) if counts is None and concepts is not None else counts
+    candidates = concepts if among is None else among
+    ks = range(len(candidates) + 1) if counts is None and candidates is not None else counts
     if ks is None:
         raise BadValue("the model does not know its concepts", got=type(model).__name__, fix="pass counts=range(...)")
     scores = []
     for k in ks:
-        corrected = intervene(model, at=key, policy=policy, strategy=GroundTruth(labels), k=k)
+        corrected = intervene(model, at=key, policy=policy, strategy=GroundTruth(labels), k=k, among=among)
         with torch.no_grad():
             found = corrected(data.copy()).get(out)
         scores.append(score(found, data.get(task)).double().mean())

@@ -71,7 +71,8 @@ def causal_concept_effect(
     means = []
     for value in values:
         with torch.no_grad():
-            found = _done(model, data, spec, name, value, key).get(out, None)
+            done = intervene(model, at=key, strategy=Do(float(value)), among=[name])
+            found = done(data.copy()).get(out, None)
         if not isinstance(found, Tensor):
             raise BadKey("the model writes no such entry", got=key_text(out), needed=f"one of {list(model.out_keys)}")
         means.append(found.flatten(0, data.batch_dims - 1).mean(0) if data.batch_dims else found)
@@ -218,18 +219,6 @@ def contributing_concepts(
         short = reached < coverage * reached[..., -1:] * (1 - 1e-12)
         counts.append((short.sum(-1) + 1) * (reached[..., -1] > 0))
     return torch.stack(counts, -1)
-
-
-def _done(
-    model: TensorDictModuleBase, data: TensorDictBase, spec: ConceptSpec, name: str, value: float, key: NestedKey
-) -> TensorDictBase:
-    do_key = getattr(model, "do_key", None)
-    if do_key is None:
-        return intervene(model, at=key, strategy=Do(float(value)), among=[name])(data.copy())
-    like = next(v for v in data.values(True, True) if isinstance(v, Tensor) and v.is_floating_point())
-    do = like.new_full((*data.batch_size, spec.size), torch.nan)
-    do[..., spec.slice(name)] = value
-    return model(data.copy().set(do_key, do))
 
 
 def _spec_of(weight: Tensor, concepts: ConceptSpec | None) -> ConceptSpec:

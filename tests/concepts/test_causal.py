@@ -16,6 +16,8 @@ from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.concepts.teaching import teach
 from tdconcepts.concepts.toys import toy_data
 from tdconcepts.errors import BadType, BadValue
+from tdconcepts.hooks import Target
+from tdconcepts.interventions import Do, GradientPolicy, GroundTruth, Intervention, intervene
 
 MODELS = [GraphBottleneck, CausalBottleneck]
 DAG = Dag(["A", "B", "C", "task"], [("B", "C"), ("A", "task"), ("C", "task")])
@@ -95,3 +97,49 @@ def test_bad_input():
         CausalBottleneck(3, DAG, in_features=2)
     with pytest.raises(BadValue, match="embedding_size"):
         build(CausalBottleneck, embedding_size=0)
+
+
+@pytest.mark.parametrize("order", [["A", "B", "C", "task"], ["task", "C", "A", "B"]])
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_intervention_is_followed_and_a_policy_sees_what_follows(kind, order):
+    model = build(kind, concepts=ConceptSpec(order)).double()
+    td = toy_data("checkmark", 5, torch.Generator().manual_seed(0)).td.double()
+    task = order.index("task")
+    policy = GradientPolicy(Target("concepts", task))
+    fixed = intervene(model, policy=policy, strategy=Do(1.0), among=["B"])(td.copy())
+    plain, step = model(td.copy())["concepts"], 1e-6
+    for name in order:  # the score is the derivative of the task by the concept, along the graph
+        do = torch.full((5, 4), torch.nan, dtype=torch.float64)
+        do[:, order.index(name)] = plain[:, order.index(name)] + step
+        moved = (model(td.copy().set("do", do))["concepts"][:, task] - plain[:, task]) / step
+        found = fixed["intervention", "score"][:, order.index(name)]
+        torch.testing.assert_close(found, moved.abs(), atol=1e-5, rtol=1e-4)
+    do = torch.full((5, 4), torch.nan, dtype=torch.float64)
+    do[:, order.index("B")] = 1.0
+    expected = model(td.copy().set("do", do))
+    assert torch.equal(fixed["concepts"], expected["concepts"])
+    assert torch.equal(fixed["concepts_logits"], expected["concepts_logits"])
+    assert torch.equal(fixed["intervention", "do"].nan_to_num(9.0), do.nan_to_num(9.0))
+    assert torch.equal(fixed["intervention", "before"], plain)
+    assert "do" not in fixed
+
+
+def test_interventions_on_a_graph_nest_and_map_and_are_refused_as_an_edit():
+    model = build(GraphBottleneck)
+    td = toy_data("checkmark", 5, torch.Generator().manual_seed(0)).td
+    first = intervene(model, strategy=Do(1.0), among=["B"])
+    both = intervene(first, strategy=Do(0.0), among=["A"], out_key="second")
+    do = torch.full((5, 4), torch.nan)
+    do[:, :2] = torch.tensor([0.0, 1.0])
+    expected = model(td.copy().set("do", do))["concepts"]
+    assert torch.equal(both(td.copy())["concepts"], expected)
+    assert list(first.module)[:3] == ["encoder", "roots", "propagation"]
+    assert sum(p.numel() for p in first.parameters()) == sum(p.numel() for p in model.parameters())
+    copied = pickle.loads(pickle.dumps(both))
+    assert torch.equal(copied(td.copy())["concepts"], expected)
+    labels = torch.cat([td["labels"], torch.full((5, 1), torch.nan)], 1)
+    told = intervene(model, strategy=GroundTruth("every"))(td.copy().set("every", labels))
+    assert torch.equal(told["concepts"][:, :3], labels[:, :3])
+    assert not told["intervention", "mask"][:, 3].any()
+    with pytest.raises(BadValue, match="nothing would follow"):
+        Intervention(Do(1.0), among=["B"]).on(model)

@@ -26,8 +26,8 @@ from tdconcepts.concepts import (
     TeacherForcing,
     teach,
 )
-from tdconcepts.errors import BadValue
-from tdconcepts.interventions import Do, GroundTruth, intervene
+from tdconcepts.interventions import Do, GroundTruth, UniformPolicy, intervene
+from tdconcepts.metrics import causal_concept_effect
 
 SPEC = ConceptSpec(["colour", "wing", "shape"], [3, 1, 3])
 DAG = Dag(SPEC.names, [("colour", "wing"), ("shape", "wing")])
@@ -142,19 +142,22 @@ def test_w11_a_perfect_rule_of_many_concepts_is_certain(n):
 
 
 @pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
-def test_w13_what_is_set_is_not_changed_and_an_intervention_that_would_do_nothing_is_refused(kind):
+def test_w13_what_is_set_is_not_changed_and_an_intervention_is_followed_beside_it(kind):
+    """There evidence on a variable made an intervention on it a silent no-op, and the dict of evidence was changed."""
     model = kind(body(), DAG, SPEC, in_features=8)
     do = torch.full((3, 7), torch.nan)
     do[:, SPEC.slice("colour")] = torch.tensor([1.0, 0, 0])
     td = data(3).set("do", do.clone())
-    out = model(td)
+    fixed = intervene(model, strategy=Do([0.0, 1, 0, 0, 0, 0, 1]), among=["colour"])(td)
     torch.testing.assert_close(td["do"], do, equal_nan=True)
-    assert out["concepts"][:, SPEC.slice("colour")].tolist() == [[1.0, 0, 0]] * 3
-    with pytest.raises(BadValue, match="would change nothing"):
-        intervene(model, strategy=Do(1.0), among=["wing"])
+    other = do.clone()
+    other[:, SPEC.slice("colour")] = torch.tensor([0.0, 1, 0])
+    expected = model(data(3).set("do", other))
+    assert torch.equal(fixed["concepts"], expected["concepts"])
+    assert fixed["intervention", "before"][:, SPEC.slice("colour")].tolist() == [[1.0, 0, 0]] * 3
     last = kind(body(), DAG, SPEC, in_features=8)
     last.load_state_dict(model.state_dict())
-    assert torch.equal(last(data(3).set("do", do))["concepts"], out["concepts"])
+    assert torch.equal(last(data(3).set("do", do))["concepts"], model(data(3).set("do", do))["concepts"])
 
 
 def test_w14_labelled_rows_and_their_spec_can_be_pickled_as_the_workers_of_a_loader_do():
@@ -162,6 +165,17 @@ def test_w14_labelled_rows_and_their_spec_can_be_pickled_as_the_workers_of_a_loa
     for rows, spec in pickle.loads(pickle.dumps([(td[:4], SPEC), (td[4:], SPEC)])):
         assert spec == SPEC
         assert spec.targets(rows["labels"]).shape == (4, 7)
+
+
+@models
+def test_w15_what_crashed_at_once_runs(build):
+    """There ``compute_cace``, layers of ``Annotations``, ``UniformPolicy(out_concepts=5)`` of the guide and the example
+    of ``GradientPolicy`` raised; examples of docstrings and pages here are run by the tests of the docs."""
+    model = build().eval()
+    effect = causal_concept_effect(model, data(5), "wing", out="concepts")
+    assert effect[SPEC.slice("wing")].tolist() == [1.0]
+    by_name = intervene(model, strategy=Do(0.5), policy=UniformPolicy(), among=["wing"], k=1)
+    assert by_name(data(2))["intervention", "mask"].sum() == 2
 
 
 @models

@@ -6,9 +6,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from tdconcepts.concepts import ConceptBottleneck
+from tdconcepts.concepts import CausalBottleneck, ConceptBottleneck, ConceptSpec, Dag, GraphBottleneck
 from tdconcepts.errors import BadKey, BadValue
-from tdconcepts.interventions import UncertaintyPolicy
+from tdconcepts.hooks import Target
+from tdconcepts.interventions import GradientPolicy, UncertaintyPolicy
 from tdconcepts.metrics.corrections import correction_curve, curve_area
 
 
@@ -58,3 +59,24 @@ def test_bad_input():
     ):
         with pytest.raises(BadValue, match="not a curve"):
             curve_area(curve, counts)
+
+
+@pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
+@pytest.mark.parametrize("policy", [UncertaintyPolicy(), GradientPolicy(Target("concepts", 3))])
+def test_in_a_graph_the_task_follows_what_is_corrected(kind, policy):
+    torch.manual_seed(0)
+    names = ["a", "b", "c", "task"]
+    dag = Dag(names, [("a", "c"), ("b", "task"), ("c", "task")])
+    model = kind(nn.Identity(), dag, ConceptSpec(names), in_features=5)
+    labels = torch.randint(0, 2, (20, 4)).float()
+    data = TensorDict(observation=torch.randn(20, 5), labels=labels, task=labels[:, 3], batch_size=[20])
+    score = lambda block, task: (block[..., 3] > 0.5) == task.bool()  # noqa: E731
+    curve = correction_curve(model, data, policy, out="concepts", score=score, among=names[:3])
+    do = labels.clone()
+    do[:, 3] = torch.nan
+    whole = model(data.copy().set("do", do))["concepts"]
+    plain = model(data.copy())["concepts"]
+    assert len(curve) == 4
+    assert curve[0] == score(plain, data["task"]).double().mean()
+    assert curve[-1] == score(whole, data["task"]).double().mean()
+    assert not torch.equal(whole[:, 3], plain[:, 3])
