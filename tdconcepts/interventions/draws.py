@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from tdconcepts.errors import BadType, BadValue
-from tdconcepts.interventions.spaces import Space, as_space, written
+from tdconcepts.interventions.spaces import Space, as_space, is_visible, written
 from tdconcepts.interventions.stages import ConceptStage
 
 __all__ = ["FromDistribution", "Resample", "check_generator", "drawing_from"]
@@ -37,7 +37,8 @@ class FromDistribution(ConceptStage):
 
     Raises:
         BadType: for something else than distributions.
-        BadValue: for a distribution without ``rsample`` that is to be reparameterised; draws that are not ``C`` wide.
+        BadValue: for a distribution without ``rsample`` that is to be reparameterised; draws that are not ``C`` wide;
+            draws that ``vmap`` can't make (with ``randomness="different"``: from a generator, or reparameterised).
 
     Examples:
         >>> from torch.distributions import Bernoulli, Normal
@@ -74,12 +75,22 @@ class FromDistribution(ConceptStage):
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         lead, columns = concepts.shape[:-1], concepts.shape[-1]
-        with drawing_from(self.generator):
-            if isinstance(self.distribution, tuple):
-                drawn = torch.cat([self._block(one, lead) for one in self.distribution], dim=-1)
-            else:
-                whole = len(self.distribution.batch_shape + self.distribution.event_shape)
-                drawn = self._draw(self.distribution, lead if whole else concepts.shape)
+        try:
+            with drawing_from(self.generator):
+                if isinstance(self.distribution, tuple):
+                    drawn = torch.cat([self._block(one, lead) for one in self.distribution], dim=-1)
+                else:
+                    whole = len(self.distribution.batch_shape + self.distribution.event_shape)
+                    drawn = self._draw(self.distribution, lead if whole else concepts.shape)
+        except RuntimeError as error:
+            if is_visible(concepts) or "vmap" not in str(error):
+                raise
+            how = (
+                "from a generator" if self.generator is not None else "reparameterised" if self.reparameterised else ""
+            )
+            needed = 'vmap(..., randomness="same")' + ("" if how else ' or "different"')
+            got, fix = f"draws {how} under vmap".replace("  ", " "), "all rows at once in a batch, without vmap"
+            raise BadValue("vmap can't make these draws", got=got, needed=needed, fix=fix) from error
         if drawn.shape != concepts.shape:
             got, needed = f"draws of shape {list(drawn.shape)}", f"{list(concepts.shape)}"
             raise BadValue("the distribution does not fit the concepts", got=got, needed=needed)

@@ -183,3 +183,18 @@ def test_one_row_has_no_other():
     for batch in ([], [1], [1, 1]):
         with pytest.raises(BadValue, match="pool"):
             value(Resample(), torch.zeros(*batch, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "randomness", "text"),
+    [
+        ({}, "error", 'randomness="same".* or "different"'),
+        ({"reparameterised": True}, "different", "reparameterised under vmap"),
+        ({"generator": torch.Generator().manual_seed(0)}, "different", "from a generator under vmap"),
+    ],
+)
+def test_draws_that_vmap_can_not_make_are_refused_in_words(options, randomness, text):
+    strategy = FromDistribution(Normal(torch.zeros((), requires_grad=True), 1.0), **options)
+    with pytest.raises(BadValue, match="(?s)vmap can't make these draws.*" + text):
+        torch.vmap(lambda c: value(strategy, c), randomness=randomness)(torch.rand(3, 2))
+    assert torch.vmap(lambda c: value(strategy, c), randomness="same")(torch.rand(3, 2)).shape == (3, 2)
