@@ -251,6 +251,10 @@ class Pullback:
                 raise BadKey(
                     f"the module did not write {key_text(self.target.of)}", got=f"{list(work.keys(True, True))}"
                 )
+            if isinstance(value, TensorDictBase):  # TensorDictModule makes one of a dict without an entry of that name
+                names = list(value.keys(True, True))
+                got, fix = f"entries {names}", f"TensorDictModule(..., out_keys={names})" if names else None
+                raise BadKey(f"{key_text(self.target.of)} is a group of entries", got=got, needed="an entry", fix=fix)
             return value
         site = self.target.of
         assert isinstance(site, Site)

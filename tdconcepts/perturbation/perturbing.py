@@ -110,7 +110,7 @@ class Perturbing:
             found: dict[NestedKey, Tensor] = {}
             for path in self.games:
                 game = Game(self, path, part, held, also)
-                untouched = self.mask is not None and not game.count
+                untouched = not game.count
                 found |= self.named(game.one_by_one() if untouched else play(game))
             return found | outputs
 

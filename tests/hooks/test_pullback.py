@@ -599,6 +599,14 @@ def test_a_site_without_the_batch_in_front():
         assert "shape [2] for a TensorDict of batch size [5]" in text
 
 
+def test_a_dict_under_the_name_of_an_entry_is_none():
+    """What TensorDictModule writes where a model's dict has no entry of that name."""
+    net = TensorDictModule(lambda x: {"logits": x * 2}, ["x"], ["logit"])
+    td = TensorDict(x=torch.randn(3, 2), batch_size=[3])
+    with pytest.raises(BadKey, match=r"(?s)'logit' is a group.*\['logits'\].*out_keys=\['logits'\]"):
+        Pullback(net, Target("logit", 0), "x")(td)
+
+
 def test_errors_of_the_model_come_out_as_they_are():
     net = mlp()
     with pytest.raises(RuntimeError, match="cannot be multiplied"):

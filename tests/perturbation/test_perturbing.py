@@ -132,3 +132,6 @@ def test_features_of_many_elements_are_looked_up_once(method, mask):
 def test_without_any_feature_all_scores_are_zero(net, batch, method):
     td = method(net, Target("logits", 0), mask=lambda row: torch.full(row, -1))(batch(3))
     assert td["attribution", "x"].eq(0).all()
+    empty = TensorDict(x=torch.zeros(3, 0), batch_size=[3])
+    found = method(TensorDictModule(lambda x: x.sum(-1), ["x"], ["y"]), Target("y"))(empty)["attribution", "x"]
+    assert found.shape == (3, 0)
