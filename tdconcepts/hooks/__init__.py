@@ -1,6 +1,7 @@
 """How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
 
 from tdconcepts.hooks.calling import dispatch_rows
+from tdconcepts.hooks.compiling import Compiled, CompileOptions
 from tdconcepts.hooks.conditions import Steps, When
 from tdconcepts.hooks.controls import MatchedNorm
 from tdconcepts.hooks.directions import RemoveDirection, random_directions
@@ -23,6 +24,8 @@ __all__ = [
     "Add",
     "Bound",
     "Capture",
+    "CompileOptions",
+    "Compiled",
     "Edit",
     "Hooked",
     "MatchedNorm",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from tensordict.nn import TensorDictModuleBase
-from world import World, row
+from world import DIFFERENTIABLE, World, row
 
 import tdconcepts as tdc
 from tdconcepts import Site, Target
@@ -53,5 +53,6 @@ ROWS = [
         batch_dims="the mean is over the batch, by definition",
     ),
     row("Capture and Patch", lambda w: (tdc.Patch({Site("0.0"): tdc.Scale(2.0)}) + tdc.Capture("0.0")).on(w.model)),
+    row("Compiled", lambda w: tdc.Compiled(w.model, backend="eager"), detached=DIFFERENTIABLE),
     row("anchor", anchored, copies="made by a generator function, which has no copies"),
 ]
