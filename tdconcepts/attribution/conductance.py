@@ -108,7 +108,11 @@ class InternalInfluence(IntegratedGradients):
     r"""The mean gradient at a hidden layer along a path of the inputs: :math:`\int_0^1 \partial y / \partial
     h(x_\alpha)\, d\alpha`.
 
-    Reads, writes and errors as :class:`Conductance`.
+    | reads | writes |
+    |---|---|
+    | what the target depends on; ``("baseline", *k)`` of inputs | ``("attribution", *k)`` for each ``k`` in ``wrt`` |
+
+    The path is that of :class:`Conductance`.
 
     Args:
         module: a TensorDictModule.
@@ -118,6 +122,9 @@ class InternalInfluence(IntegratedGradients):
         method: see :func:`~tdconcepts.attribution.paths.quadrature`; the weights sum to one.
         baseline: where the inputs begin; see :class:`IntegratedGradients`.
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadValue: an entry that the module reads, which is no hidden layer; no such method; or no steps.
 
     Source: Leino et al., *Influence-directed explanations for deep convolutional networks*, 2018 (definition 1).
 

@@ -93,7 +93,21 @@ class Gradient(Replaceable, TensorDictModuleBase):
 class Saliency(Gradient):
     r"""The size of the gradient: :math:`|\partial y / \partial w|`.
 
-    Reads, writes and arguments as :class:`Gradient`.
+    | reads | writes |
+    |---|---|
+    | what the target depends on, and its ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
+
+    With several targets there is one more dim of size T right after the batch dims, as of :class:`Gradient`.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: with respect to what: entries and sites, one or a list; default: all entries that the module reads.
+        options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadType: a bare ``nn.Module``, or an integer entry. BadKey: an entry or site that does not exist.
+        BadValue: a target out of range, or one that no gradient reaches.
 
     Source: Simonyan et al., *Deep inside convolutional networks*, 2013 (section 3.1).
 
@@ -114,7 +128,22 @@ class Saliency(Gradient):
 class InputXGradient(Gradient):
     r"""The value times the gradient: :math:`w \cdot \partial y / \partial w`, for entries and for activations at sites.
 
-    Reads, writes and arguments as :class:`Gradient`. It sums to ``y`` for a network that is linear without a bias.
+    | reads | writes |
+    |---|---|
+    | what the target depends on, and its ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
+
+    It sums to ``y`` for a network that is linear without a bias. With several targets there is one more dim of size T
+    right after the batch dims.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: with respect to what: entries and sites, one or a list; default: all entries that the module reads.
+        options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadType: a bare ``nn.Module``, or an integer entry. BadKey: an entry or site that does not exist.
+        BadValue: a target out of range, or one that no gradient reaches.
 
     Source: Shrikumar et al., *Not just a black box*, 2016.
 

@@ -116,7 +116,22 @@ class Deconvolution(GuidedBackprop):
     r"""Deconvolution: a gradient that passes a ReLU where the gradient is positive, whatever the input,
     :math:`g_{in} = \max(g, 0)`.
 
-    Reads, writes, arguments and errors as :class:`GuidedBackprop`.
+    | reads | writes |
+    |---|---|
+    | what the target depends on, and its ``by`` | ``("attribution", *k)`` ``[*B, ...]`` for each ``k`` in ``wrt`` |
+
+    Which ReLUs count, and what several targets give, is as of :class:`GuidedBackprop`.
+
+    Args:
+        module: a TensorDictModule.
+        target: what is explained.
+        wrt: entries and sites, one or a list; default: all entries that the module reads.
+        on_missing: ``"raise"`` for another rectifier than ReLU, or take its ``"gradient"``.
+        options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
+
+    Raises:
+        BadValue: at the call, another rectifier than ReLU. BadType: a bare ``nn.Module``, or an integer entry. BadKey:
+            an entry or site that does not exist.
 
     Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014 (section 2.1).
 

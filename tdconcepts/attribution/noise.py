@@ -25,6 +25,7 @@ from tdconcepts.hooks.batching import (
     tracked,
     widths,
 )
+from tdconcepts.hooks.calling import check_norms, norms_of
 from tdconcepts.hooks.explaining import HELD, Running, check_options, check_running, finite
 from tdconcepts.keys import CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
 from tdconcepts.tunables import Replaceable, Tunable, constructor
@@ -97,7 +98,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
             raise BadValue("an explainer under noise writes no outputs", got=f"outputs {also}", fix="outputs=False")
         self.noise_level, self.n_iter, self.relative = float(noise_level), n_iter, relative
         check_options(options, Running.__annotations__)
-        self.include_clean, self._widths = include_clean, widths(explainer)
+        self.include_clean, self._widths, self._norms = include_clean, widths(explainer), norms_of(explainer)
         self.chunk_size, self.progress, self.check_finite = check_running(options)
         self.noise = as_key(noise) if isinstance(noise, (str, tuple)) else noise
         self.out_keys = [key for key in explainer.out_keys if join(key)[0] != CONVERGENCE_DELTA]
@@ -114,6 +115,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict`` under noise."""
         check_td(tensordict)
+        check_norms(self._norms, "draws")
         finite(tensordict, self._noisy, self.check_finite)
         keys = [*self.explainer.in_keys, *self.optional_keys]
         inputs = tensordict.select(*keys, strict=False)
@@ -226,8 +228,23 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
 class VarGrad(SmoothGrad):
     r"""The variance of an explanation over noisy copies of the input: :math:`\frac1n\sum_i (A_i - \bar A)^2`.
 
-    Reads, writes and arguments as :class:`SmoothGrad`. It is a variance: the population one, zero for a linear model,
-    never negative.
+    | reads | writes |
+    |---|---|
+    | what the explainer reads; for ``noise=`` a key, ``(noise, *k)`` ``[*B, n, ...]`` | what the explainer writes |
+
+    It is a variance: the population one, zero for a linear model, never negative. Noise and draws are those of
+    :class:`SmoothGrad`.
+
+    Args:
+        explainer: any module that writes attributions.
+        noise_level: the size of the noise; 0.1 by default, in units of the row's range.
+        n_iter: the number of draws.
+        relative, include_clean, noise: see :class:`SmoothGrad`.
+        options: ``chunk_size``, ``progress``, ``check_finite``; see :class:`~tdconcepts.hooks.explaining.Running`.
+
+    Raises:
+        BadValue: a negative level, no draws, or a relative level for rows of one number.
+        BadKey: noise that is not there. BadType: integer entries only, so that there is nothing to add noise to.
 
     Source: Adebayo et al., *Local explanation methods for deep neural networks lack sensitivity to parameter values*,
     2018; updated pairwise as in Chan, Golub and LeVeque, 1979.
@@ -251,7 +268,22 @@ class VarGrad(SmoothGrad):
 class SmoothGradSquared(SmoothGrad):
     r"""The mean square of an explanation over noisy copies: :math:`\frac1n\sum_i A(x + \sigma\epsilon_i)^2`.
 
-    Reads, writes and arguments as :class:`SmoothGrad`.
+    | reads | writes |
+    |---|---|
+    | what the explainer reads; for ``noise=`` a key, ``(noise, *k)`` ``[*B, n, ...]`` | what the explainer writes |
+
+    Noise and draws are those of :class:`SmoothGrad`.
+
+    Args:
+        explainer: any module that writes attributions.
+        noise_level: the size of the noise; 0.1 by default, in units of the row's range.
+        n_iter: the number of draws.
+        relative, include_clean, noise: see :class:`SmoothGrad`.
+        options: ``chunk_size``, ``progress``, ``check_finite``; see :class:`~tdconcepts.hooks.explaining.Running`.
+
+    Raises:
+        BadValue: a negative level, no draws, or a relative level for rows of one number.
+        BadKey: noise that is not there. BadType: integer entries only, so that there is nothing to add noise to.
 
     Source: Hooker et al., *A benchmark for interpretability methods in deep neural networks*, 2019 (section 3).
 

@@ -78,8 +78,15 @@ class Absolute(Replaceable, TensorDictModuleBase):
 class TimesInput(Absolute):
     """An explanation times the value that it explains: ``w * A``.
 
-    Reads, writes and arguments as :class:`Absolute`. Only entries that the explainer reads have a value here; for sites
-    take a method that multiplies itself, :class:`InputXGradient` for one.
+    | reads | writes |
+    |---|---|
+    | what the explainer reads | what the explainer writes |
+
+    Only entries that the explainer reads have a value here; for sites take a method that multiplies itself,
+    :class:`InputXGradient` for one.
+
+    Args:
+        explainer: any module that writes attributions of entries.
 
     Raises:
         BadValue: attributions of a site, or of something that is not an entry.
@@ -115,7 +122,9 @@ class TimesInput(Absolute):
 class Summed(Absolute):
     """An explanation, pooled over some of its last dims: channels, or the numbers of an embedding.
 
-    Reads and writes as :class:`Absolute`, with these dims gone.
+    | reads | writes |
+    |---|---|
+    | what the explainer reads | what the explainer writes, with these dims gone |
 
     Args:
         explainer: any module that writes attributions.
@@ -167,8 +176,12 @@ class Summed(Absolute):
 class Normalised(Absolute):
     r"""An explanation on a common scale, row by row: :math:`A / s(A)`.
 
-    Reads and writes as :class:`Absolute`. A row of zeros stays zero. Several targets have one scale, with which
-    they compare, or with ``targets=True`` each its own, as if explained alone.
+    | reads | writes |
+    |---|---|
+    | what the explainer reads | what the explainer writes |
+
+    A row of zeros stays zero. Several targets have one scale, with which they compare, or with ``targets=True`` each
+    its own, as if explained alone.
 
     Args:
         explainer: any module that writes attributions.

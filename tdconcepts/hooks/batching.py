@@ -122,7 +122,8 @@ def rows_of(
         inside: values at sites that are put into the module, which count where they are larger.
         wide: what the network makes of a row.
         kept: whether all layers of these rows are kept, for gradients: then a choice is at most three copies of the
-            batch, or half a MB.
+            batch, or half a MB. So a single image may take more than four times its own memory (2.6 MB in the place of
+            0.2 MB): three rows at a time are half as slow again as eight.
     """
     if chunk_size is not None:
         return chunk_size

@@ -415,3 +415,13 @@ def test_noise_tunnels_are_the_three_kinds(net, batch):
         torch.testing.assert_close(NoiseTunnel(explain, kind, **options)(td.copy())["attribution", "x"], expected)
     with pytest.raises(BadValue, match="kind of noise tunnel"):
         NoiseTunnel(explain, "smooth")
+
+
+def test_draws_would_change_each_other_through_the_statistics_of_a_batch():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    explain = SmoothGrad(TensorDictModule(net, ["x"], [("attribution", "x")]), n_iter=3)
+    td = TensorDict(x=torch.randn(5, 4), batch_size=[5])
+    with pytest.raises(BadValue, match="draws would change each other"):
+        explain(td)
+    net.eval()
+    assert explain(td)["attribution", "x"].shape == (5, 3)
