@@ -172,8 +172,8 @@ class Compiled(TensorDictModuleBase):
         # Code of its own: torch keeps graphs, and what it has learned of sizes, with the code that they are of.
         code = run.__code__.replace(co_name=f"{type(stage).__name__}_{next(_NUMBERS)}")
         own = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-        options = {"recompile_limit": _LIMIT, **self.options}
-        inner = {"guard_filter_fn": self._filter}
+        options: dict[str, Any] = {"recompile_limit": _LIMIT, **self.options}
+        inner: dict[str, Any] = {"guard_filter_fn": self._filter}
         if options.get("backend", "inductor") == "inductor":
             inner["size_asserts"] = False  # the guards on tensors say it already
         inner |= options.pop("options", {})
