@@ -25,6 +25,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from tdconcepts import Compiled
 from tdconcepts.interventions import Do, GroundTruth, InterventionPipeline, UncertaintyPolicy, UniformPolicy
 
 ROWS, BATCHES = 256, 10
@@ -109,7 +110,7 @@ def measured(compare, name, pipeline, hand, columns, mode, peers):
     if mode == "compiled":
         torch._dynamo.reset()
         hand = hand | {"compiled": torch.compile(next(iter(hand.values())), fullgraph=True)}
-        name, pipeline, peers = f"{name}, compiled", torch.compile(pipeline, fullgraph=True), None
+        name, pipeline, peers = f"{name}, compiled", Compiled(pipeline), None
     options = {"at_most": None if few else 1.5, "tolerance": 0}
     compare(f"{name}, F={columns}", pipeline, hand, data, ["concepts"], peers=peers, **options)
     if few:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import nn
 
-from tdconcepts import Target
+from tdconcepts import Compiled, Target
 from tdconcepts.lrp import (
     LRP,
     AttnLRP,
@@ -198,18 +198,19 @@ def tdhook(model, x):
 # Measuring ----------------------------------------------------------------------------------------------------------
 
 
-def turns(forms, rounds, short=False):
-    """CPU seconds of each form, in turns; a short one right after an untimed call of the same form."""
+def turns(forms, rounds, many=1):
+    """CPU seconds of each form, in turns; of a short one ``many`` calls in a row, right after some untimed ones."""
     for form in forms.values():
         form()
     times = {name: [] for name in forms}
     for _ in range(rounds):
         for name, form in forms.items():
-            if short:
+            for _ in range(many // 2):
                 form()
             start = time.process_time_ns()
-            form()
-            times[name].append(1e-9 * (time.process_time_ns() - start))
+            for _ in range(many):
+                form()
+            times[name].append(1e-9 * (time.process_time_ns() - start) / many)
     return times
 
 
@@ -364,7 +365,6 @@ def test_compiled_policy(benchmark, compare):
     x = torch.randn(8, 4)
     td = TensorDict(x=x, batch_size=[8])
     explainer = LRP(as_td(net), EpsilonPlusFlat(), Target("logits", "argmax"))
-    only_tensors = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
 
     def damped(g, z):
         return g - EPSILON * g / (z.abs() + EPSILON)
@@ -379,30 +379,29 @@ def test_compiled_policy(benchmark, compare):
 
     compiled_hand = torch.compile(hand, fullgraph=True)
     parameters = list(net.requires_grad_(False).parameters())
-    by_default = torch.compile(explainer, fullgraph=True)
+    by_torch, ours = torch.compile(explainer, fullgraph=True), Compiled(explainer)
+    in_cpp = Compiled(explainer, options={"cpp_wrapper": True})
     forms = {
         "eager": lambda: explainer(td.copy()),
-        "compiled": lambda: by_default(td.copy()),
-        "compiled, tensors": lambda: by_default(x),
+        "torch": lambda: by_torch(td.copy()),
+        "tensors": lambda: ours(x),
+        "ours": lambda: ours(td.copy()),
+        "in C++": lambda: in_cpp(td.copy()),
         "by hand, compiled": lambda: compiled_hand(x, *parameters),
         "zennit": zennit(net, "EpsilonPlusFlat", x),
         "tdhook": tdhook(copy.deepcopy(net), x),
     }
-    torch.testing.assert_close(forms["compiled, tensors"](), compiled_hand(x, *parameters), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(forms["tensors"](), compiled_hand(x, *parameters), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(forms["eager"]()["attribution", "x"], forms["zennit"](), atol=1e-5, rtol=1e-5)
-    times = turns(forms, 200, short=True)
-    torch._dynamo.reset()  # the other form would share its cache
-    unguarded = torch.compile(explainer, fullgraph=True, options=only_tensors)
-    forms = {name: forms[name] for name in ("zennit", "tdhook")} | {"ours": lambda: unguarded(td.copy())}
-    more = turns(forms | {"tensors": lambda: unguarded(x)}, 200, short=True)
-    torch._dynamo.reset()
+    times = turns(forms, 100, many=10)
     for peer in ("zennit", "tdhook"):
-        add(compare, f"policy: compiled / {peer}'s eager", times, "compiled", peer, at_least=10)
-        add(compare, f"  called with tensors / {peer}'s eager", times, "compiled, tensors", peer, at_least=10)
-        add(compare, f"  guards of tensors only / {peer}'s eager", more, "ours", peer, at_least=10)
-        add(compare, f"  both / {peer}'s eager", more, "tensors", peer, at_least=10)
+        add(compare, f"policy: Compiled / {peer}'s eager", times, "ours", peer, at_least=10)
+        add(compare, f"  its wrapper in C++ / {peer}'s eager", times, "in C++", peer, at_least=10)
+        add(compare, f"  called with tensors / {peer}'s eager", times, "tensors", peer, at_least=10)
+        add(compare, f"  torch.compile alone / {peer}'s eager", times, "torch", peer)
     add(compare, "  by hand and compiled / zennit's eager", times, "by hand, compiled", "zennit")
     add(compare, "  our eager / zennit's eager", times, "eager", "zennit")
+    torch._dynamo.reset()
     benchmark.pedantic(lambda: None, rounds=1)
 
 
