@@ -19,8 +19,6 @@ from tdconcepts.keys import NestedKey, as_key
 __all__ = ["GraphPropagation", "HyperEquations", "LinearEquations", "graph_layout"]
 
 
-FEW = 0.1
-"""The share of edges between two levels below which they are gathered one by one where no gradient is wanted."""
 Part: TypeAlias = tuple[int, int, Tensor]  # the columns of an earlier level: from, to, values [*B, to - from]
 
 
@@ -49,13 +47,6 @@ class LinearEquations(nn.Module):
         fan_in = mask.sum(-1, keepdim=True).clamp(min=1)
         self.weight = nn.Parameter((2 * torch.rand(mask.shape) - 1) / fan_in.sqrt())
         self.bias = nn.Parameter(torch.zeros(len(mask)))
-        for low, high, start in self._edges:
-            part = mask[start : layout.stops[start], low:high]
-            if part.numel() >= 4096 and part.float().mean() < FEW:
-                child, parent = part.nonzero().unbind(-1)
-                first = part.sum(-1).cumsum(0) - part.sum(-1)
-                self.register_buffer(f"few_{low}_{start}", torch.stack([child, parent]), persistent=False)
-                self.register_buffer(f"first_{low}_{start}", first, persistent=False)
 
     def forward(self, start: int, stop: int, before: Sequence[Part], context: Tensor) -> Tensor:
         if not start:
@@ -63,18 +54,8 @@ class LinearEquations(nn.Module):
         logits = self.bias[start:stop]
         for low, high, values in before:
             if (low, high, start) in self._edges:
-                logits = logits + self._pulled(self.weight[start:stop, low:high], values, low, high, start)
+                logits = logits + values @ (self.weight[start:stop, low:high] * self.mask[start:stop, low:high]).mT
         return logits
-
-    def _pulled(self, weight: Tensor, values: Tensor, low: int, high: int, start: int) -> Tensor:
-        """What the parents of one level say to the children of another, ``[*B, children]``."""
-        few = self._buffers.get(f"few_{low}_{start}")
-        if few is None or torch.is_grad_enabled() or not _is_plain(values):
-            return values @ (weight * self.mask[start : start + len(weight), low:high]).mT
-        child, parent = few  # each sums over its own parents: a third of the time of the product with all
-        table, first = values.flatten(0, -2).mT.contiguous(), self._buffers[f"first_{low}_{start}"]
-        sums = F.embedding_bag(parent, table, first, mode="sum", per_sample_weights=weight[child, parent])
-        return sums.mT.reshape(*values.shape[:-1], -1)
 
 
 class HyperEquations(nn.Module):
@@ -230,8 +211,7 @@ class graph_layout:  # noqa: N801
 
     Attributes: ``levels`` (start and stop), ``specs`` (of each level), ``order`` (the column at each place), ``mask``
     (``[C, C]``, True at (j, i) where j depends on i, sorted), ``edges`` (for levels with edges between them: from, to,
-    and where the later one starts), ``stops`` (where the level ends that starts there), ``roots`` (columns of roots),
-    ``in_order``.
+    and where the later one starts), ``roots`` (columns of roots), ``in_order``.
 
     Examples:
         >>> spec = ConceptSpec(["b", "a"], [1, 2])
@@ -268,17 +248,9 @@ class graph_layout:  # noqa: N801
         adjacency = dag.adjacency[wanted][:, wanted]
         self.mask = adjacency[owner][:, owner].mT.contiguous()
         self.roots = self.levels[0][1]
-        self.stops = dict(self.levels)
         self.edges = {
             (low, high, start)
             for i, (start, stop) in enumerate(self.levels)
             for low, high in self.levels[:i]
             if bool(self.mask[start:stop, low:high].any())
         }
-
-
-def _is_plain(values: Tensor) -> bool:
-    """Whether an operation of this kind exists for them: in main memory, in a wide type, not traced and not mapped."""
-    if torch.compiler.is_compiling() or values.device.type != "cpu" or values.ndim < 2:
-        return False
-    return values.dtype in (torch.float32, torch.float64) and not torch._C._functorch.is_batchedtensor(values)

@@ -98,7 +98,26 @@ def wrapped(
         return module
     if not isinstance(module, nn.Module):
         raise BadType(f"the {what} is no module", got=f"{module!r} ({type(module).__name__})", needed="an nn.Module")
-    return TensorDictModule(module, in_keys=as_keys(in_keys), out_keys=as_keys(out_keys))
+    return _Bare(module, in_keys=as_keys(in_keys), out_keys=as_keys(out_keys))
+
+
+class _Bare(TensorDictModule):
+    """A TensorDictModule that writes tensors as they are.
+
+    tensordict 0.14 asks of each result whether it is a table of pandas, and so looks for pandas at every call: where
+    there is none that takes longer than a small network.
+    """
+
+    def _write_to_tensordict(
+        self, tensordict: TensorDictBase, tensors: Any, tensordict_out: Any = None, out_keys: Any = None
+    ) -> TensorDictBase:
+        keys = self.out_keys_source if out_keys is None else out_keys
+        plain = tensordict_out is None and self.inplace is True and "_" not in keys and len(keys) == len(tensors)
+        if not plain or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            return super()._write_to_tensordict(tensordict, tensors, tensordict_out, out_keys)
+        for key, tensor in zip(keys, tensors, strict=True):
+            tensordict.set(key, tensor)
+        return tensordict
 
 
 def task_head(in_features: int, head: object) -> nn.Module:

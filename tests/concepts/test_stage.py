@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts.concepts.spec import ConceptSpec
@@ -33,6 +34,24 @@ def test_entries_in_entries_out():
 def test_bad_calls(td, error, text):
     with pytest.raises(error, match=text):
         Sum(["a", "b"], ["s", "d"])(td)
+
+
+def test_a_bare_module_is_a_tensordictmodule_that_writes_tensors_as_they_are():
+    layer = nn.Linear(3, 2)
+    stage, plain = wrapped(layer, "encoder", "x", ("g", "y")), TensorDictModule(layer, ["x"], [("g", "y")])
+    td, other = (TensorDict({"x": torch.ones(4, 3)}, [4]) for _ in range(2))
+    assert stage(td) is td
+    assert torch.equal(td["g", "y"], plain(other)["g", "y"])
+    assert type(stage).forward is TensorDictModule.forward
+    assert torch.equal(stage(x=td["x"]), td["g", "y"])
+    out = TensorDict(batch_size=[4])
+    assert stage(other, tensordict_out=out) is out
+    assert list(out.keys(True, True)) == [("g", "y")]
+    two = wrapped(nn.LSTM(3, 2, batch_first=True), "encoder", "x", ["h", "_"])
+    td = two(TensorDict({"x": torch.ones(4, 5, 3)}, [4]))
+    assert td["h"].shape == (4, 5, 2)
+    with pytest.raises(RuntimeError, match="more out_keys than tensors"):
+        wrapped(layer, "encoder", "x", ["a", "b"])(other)
 
 
 def test_the_small_checks():
