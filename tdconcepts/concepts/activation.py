@@ -70,6 +70,10 @@ class ConceptActivation(BlockStage):
 def harden(concepts: ConceptSpec, probs: Tensor) -> Tensor:
     """``probs [*B, C]`` as decisions: 1 above one half, one-hot at the most probable state; continuous as they are.
 
+    Args:
+        concepts: what the columns mean.
+        probs: ``[*B, C]``.
+
     Examples:
         >>> harden(ConceptSpec(["wing", "colour"], [1, 3]), torch.tensor([0.6, 0.2, 0.5, 0.3])).tolist()
         [1.0, 0.0, 1.0, 0.0]

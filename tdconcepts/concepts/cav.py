@@ -19,8 +19,19 @@ __all__ = ["CavFit", "ConceptActivationVectors"]
 
 
 class CavFit(NamedTuple):
-    """How a fit went: ``score [C]`` (accuracy on the rows that were fitted, R^2 for a continuous column), the
-    ``iterations`` of the slowest column, and the largest ``gradient`` that was left."""
+    """How a fit went.
+
+    Args:
+        score: ``[C]``, the accuracy on the rows that were fitted; R^2 for a continuous column.
+        iterations: of the slowest column.
+        gradient: the largest entry of the gradient of the mean loss that was left.
+
+    Examples:
+        >>> z = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
+        >>> fit = ConceptActivationVectors(1, ["positive"]).fit(z, z > 0)
+        >>> fit.score.tolist(), fit.gradient < 1e-4
+        ([1.0], True)
+    """
 
     score: Tensor
     iterations: int

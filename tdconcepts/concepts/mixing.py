@@ -20,6 +20,9 @@ def vectors(concepts: ConceptSpec) -> int:
     """How many embeddings a spec needs, V: two for a binary concept (true first, then false), one for each state of a
     categorical one, one for each number of a continuous one.
 
+    Args:
+        concepts: what the columns mean.
+
     Examples:
         >>> vectors(ConceptSpec(["wing", "colour", "age"], [1, 3, 1], ["binary", "categorical", "continuous"]))
         6

@@ -34,8 +34,17 @@ class LinearEquations(nn.Module):
     r"""A root is read from the context; any other concept is linear in its parents:
     :math:`\ell_j = b_j + \sum_{i \in pa(j)} W_{ji} c_i`.
 
+    Called by :class:`GraphPropagation` for each level, with the columns ``start`` to ``stop`` of that level (in the
+    order of the levels), what the levels before it hold, and the context ``[*B, R]``.
+
     Args:
         layout: of the columns, see :class:`graph_layout`.
+
+    Examples:
+        >>> equations = LinearEquations(graph_layout(ConceptSpec(["a", "b"]), Dag(["a", "b"], [("a", "b")])))
+        >>> parents = [(0, 1, torch.zeros(3, 1))]
+        >>> equations(1, 2, parents, torch.zeros(3, 1)).tolist()
+        [[0.0], [0.0], [0.0]]
     """
 
     mask: Tensor
@@ -70,6 +79,14 @@ class HyperEquations(nn.Module):
         layout: as :class:`LinearEquations`.
         size: width of an embedding, E.
         hidden: width of the hidden layer.
+
+    Raises:
+        BadValue: for a size below 1.
+
+    Examples:
+        >>> equations = HyperEquations(graph_layout(ConceptSpec(["a", "b"]), Dag(["a", "b"], [("a", "b")])), size=4)
+        >>> equations.weights(torch.zeros(3, 2, 4)).shape
+        torch.Size([3, 2, 2])
     """
 
     mask: Tensor
@@ -212,6 +229,13 @@ class graph_layout:  # noqa: N801
     Attributes: ``levels`` (start and stop), ``specs`` (of each level), ``order`` (the column at each place), ``mask``
     (``[C, C]``, True at (j, i) where j depends on i, sorted), ``edges`` (for levels with edges between them: from, to,
     and where the later one starts), ``roots`` (columns of roots), ``in_order``.
+
+    Args:
+        concepts: what the columns mean.
+        dag: which of them depends on which; the same names.
+
+    Raises:
+        BadValue: for other names in the dag.
 
     Examples:
         >>> spec = ConceptSpec(["b", "a"], [1, 2])

@@ -18,7 +18,19 @@ NEAR, LINE = 0.3, 20  # of the slope may be left after a line search, and its st
 
 
 class LinearFit(NamedTuple):
-    """``weight [C, F]``, ``bias [C]``, the number of iterations, and the largest gradient of the mean loss left."""
+    """What a fit found: ``scores = x @ weight.mT + bias``.
+
+    Args:
+        weight: ``[C, F]``.
+        bias: ``[C]``.
+        iterations: of the slowest column.
+        gradient: the largest entry of the gradient of the mean loss that was left.
+
+    Examples:
+        >>> fit = linear_fit(torch.tensor([[-1.0], [1.0]]), torch.tensor([[0.0], [1.0]]))
+        >>> fit.weight.shape, fit.bias.shape, fit.gradient < 1e-4
+        (torch.Size([1, 1]), torch.Size([1]), True)
+    """
 
     weight: Tensor
     bias: Tensor

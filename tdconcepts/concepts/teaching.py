@@ -108,6 +108,9 @@ class LabelsAsDo(BlockStage):
         generator: what the draws come from. Default: torch's own.
         keys: the entry ``like`` and the entry to write.
 
+    Raises:
+        BadKey: for an entry that is missing. BadValue: for a probability outside [0, 1], and labels of another shape.
+
     Examples:
         >>> stage = LabelsAsDo(ConceptSpec(["wing", "beak"]), probability=1.0)
         >>> stage(latent=torch.zeros(1, 5), labels=torch.tensor([[1.0, torch.nan]])).tolist()

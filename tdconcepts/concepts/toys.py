@@ -21,8 +21,17 @@ LIT = ["1111110", "0110000", "1101101", "1111001", "0110011", "1011011", "101111
 
 
 class ToyData(NamedTuple):
-    """A data set: ``td`` with ``"observation" [N, F]``, ``"labels" [N, C]`` and ``"task" [N]``; its concepts; and the
-    edges between concepts and from concepts to the task (``"task"``), by name."""
+    """A data set, its concepts, and what depends on what.
+
+    Args:
+        td: ``"observation" [N, F]``, ``"labels" [N, C]`` and ``"task" [N]``, floats.
+        concepts: what the columns of the labels mean.
+        edges: between concepts, and from concepts to ``"task"``, by name.
+
+    Examples:
+        >>> toy_data("checkmark", 5).edges
+        [('B', 'C'), ('A', 'task'), ('C', 'task')]
+    """
 
     td: TensorDict
     concepts: ConceptSpec

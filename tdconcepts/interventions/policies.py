@@ -29,6 +29,9 @@ class UniformPolicy(ConceptStage):
     writes   ``("intervention", "score")``                 ``[*B, C]``
     =======  ============================================  ===========
 
+    Raises:
+        BadKey: when the concepts are missing. BadValue: where the TensorDict is locked, or the entry has no columns.
+
     Examples:
         >>> UniformPolicy()(concepts=torch.tensor([0.9, 0.2])).tolist()
         [0.0, 0.0]
@@ -108,6 +111,9 @@ class RandomPolicy(ConceptStage):
 
     Args:
         generator: where the draws come from; the global generator is then not touched. Default: the global one.
+
+    Raises:
+        BadType: for a generator that is none.
 
     Examples:
         >>> policy = RandomPolicy(generator=torch.Generator().manual_seed(0))

@@ -40,6 +40,11 @@ class Selection(TypedDict, total=False):
             is then one of the row's own candidates.
         by: ``"concept"`` (default), or ``"group"``: the concepts of a group are scored, paid for and replaced together.
         only_training: whether nothing is replaced in evaluation mode.
+
+    Examples:
+        >>> select: Selection = {"k": 2, "among": [0, 3]}
+        >>> SelectStage(Splice(), **select)(torch.tensor([0.1, 0.9, 0.7, 0.8])).tolist()
+        [True, False, False, True]
     """
 
     fraction: float | None

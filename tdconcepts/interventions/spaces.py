@@ -37,6 +37,11 @@ def to_logits(probs: Tensor, cardinalities: Sequence[int] | None = None, eps: fl
     ``logit(clamp(p, eps, 1 - eps))`` for a binary concept, ``log(max(p, eps))`` for the states of a categorical one.
     Computed in float32 at least: in bfloat16, ``1 - eps`` would be 1.
 
+    Args:
+        probs: ``[*B, C]``, in [0, 1].
+        cardinalities: of the concepts, 1 for binary, n for n states. Default: all binary.
+        eps: how far a probability is kept from 0 and 1.
+
     Examples:
         >>> to_logits(torch.tensor([0.0, 0.5, 1.0]))
         tensor([-9.21...,  0.0000,  9.21...])

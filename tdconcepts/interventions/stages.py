@@ -33,6 +33,9 @@ class ConceptStage(TensorDictModuleBase):
     strategy that can write NaN, for "no value here", leaves :attr:`misses` on; a policy whose scores are the same for
     every row and prediction says so by :attr:`fixed`, and is asked once.
 
+    Raises:
+        BadKey: when the concepts are missing. BadValue: where the TensorDict is locked, or the entry has no columns.
+
     Examples:
         >>> class Largest(ConceptStage):
         ...     writes = "score"
