@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadType, BadValue, nearest
 from tdconcepts.hooks.flows import by_formula, changed, depends, operation_name, tensors
+from tdconcepts.hooks.kept import Kept
 from tdconcepts.hooks.sites import is_compiled
 
 __all__ = [
@@ -105,6 +106,10 @@ class Call:
         """``value`` as a formula may keep it: a copy where an in-place operation may follow."""
         value = value.detach() if self.how.lean else value
         return value if self.safe else value.clone()
+
+    def kept(self, value: Tensor) -> Tensor | Kept:
+        """As :meth:`saved`, for what goes to :func:`~tdconcepts.hooks.flows.backward_by`: a copy only once it must."""
+        return Kept(value) if not self.safe and self.how.keeps and Kept.can(value) else self.saved(value)
 
     def cannot(self, rule: object, why: str, fix: str | None = None) -> BadValue:
         """The error of a rule that can't serve this call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,7 @@ class _ByFormulaAtOnce(torch.autograd.Function):
 
 
 def backward_by(
-    formula: Callable[..., tuple[Any, ...]], value: Tensor, inputs: list[Tensor], *saved: Tensor, keep: bool = True
+    formula: Callable[..., tuple[Any, ...]], value: Tensor, inputs: list[Tensor], *saved: Any, keep: bool = True
 ) -> Tensor:
     """``value``, with ``formula(flow, *inputs, *saved)`` for its backward pass: one flow for each of ``inputs``.
 
@@ -71,7 +72,7 @@ def backward_by(
         formula: from what flows to ``value`` to what flows into each of ``inputs``.
         value: what is written.
         inputs: the tensors that the flows are for.
-        saved: more tensors that the formula needs.
+        saved: more tensors that the formula needs, or :class:`~tdconcepts.hooks.kept.Kept` ones.
         keep: whether the formula needs the inputs.
 
     The formula is made of differentiable operations, so a second derivative is that of the formula. It runs under
@@ -83,6 +84,9 @@ def backward_by(
         >>> torch.autograd.grad(y.sum(), x)[0]
         tensor([1., 2.])
     """
+    if not all([isinstance(part, Tensor) for part in saved]):  # noqa: C419 - some are kept elsewhere, see `kept`
+        formula = functools.partial(_with_kept, formula, saved)
+        saved = tuple(part for part in saved if isinstance(part, Tensor))
     given = [*inputs, *saved]
     kind: Any = _ByFormula
     if is_compiling():  # which can't trace one tensor given twice
@@ -94,6 +98,13 @@ def backward_by(
             return twice
     found: Tensor = kind.apply(formula, len(inputs), keep, value.detach(), *given)
     return found
+
+
+def _with_kept(formula: Callable[..., Any], saved: tuple[Any, ...], flow: Tensor, *given: Tensor) -> Any:
+    """``formula``, with what is kept elsewhere at its place among what is given."""
+    count = sum(isinstance(part, Tensor) for part in saved)
+    first, rest = given[: len(given) - count], iter(given[len(given) - count :])
+    return formula(flow, *first, *[next(rest) if isinstance(part, Tensor) else part.get() for part in saved])
 
 
 class _Overwrite(torch.autograd.Function):

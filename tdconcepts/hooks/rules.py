@@ -24,6 +24,7 @@ from tdconcepts.hooks.calls import (
 from tdconcepts.hooks.contexts import active
 from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, overwrite, tensors
 from tdconcepts.hooks.hooked import Hooked
+from tdconcepts.hooks.kept import Scale, overwrites, spare
 from tdconcepts.hooks.nesting import alone, overruled, refuse_mixture, yields
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.programs import Programs, _Adds
@@ -37,9 +38,10 @@ __all__ = ["Call", "Convention", "Rule", "Rules", "check_convention"]
 class _How:
     """How the rules of one binding are carried out."""
 
-    __slots__ = ("convention", "ends", "joins", "lean", "report", "safe")
+    __slots__ = ("convention", "ends", "joins", "keeps", "lean", "report", "safe")
 
     def __init__(self, rules: Rules, safe: bool) -> None:
+        self.keeps = rules.lean and rules.sees_operations  # without a copy, as operations in place are seen
         self.convention, self.ends, self.report, self.safe = rules.convention, rules.ends, rules.report, safe
         self.lean, self.joins = rules.lean, rules.lean and rules.report is None and rules.convention == "gradient"
 
@@ -107,22 +109,6 @@ class Rule:
         return Rules((("**", self),), convention=self.forms[0]) + other
 
 
-class _Scale:
-    """Each flow times the value that it belongs to: from ratios to relevance."""
-
-    def __init__(self, how: _How) -> None:
-        self.how = how
-
-    def __call__(self, value: Any) -> Any:
-        if not depends(value):
-            return value
-        return backward_by(_times, value, [value], value if self.how.safe else value.clone(), keep=False)
-
-
-def _times(flow: Tensor, factor: Tensor) -> tuple[Tensor]:
-    return (flow * factor,)
-
-
 @dataclasses.dataclass(frozen=True)
 class Rules(_Adds):
     """A program of rules that are already chosen: paths with their rules, and operations with theirs.
@@ -153,6 +139,11 @@ class Rules(_Adds):
     ends: str = "relevance"
     lean: bool = False
     in_keys: ClassVar[tuple[Any, ...]] = ()
+
+    @property
+    def sees_operations(self) -> bool:
+        """Whether functional calls are looked at."""
+        return bool(self.operations) or self.first is not None or self.unknown is not None
 
     @property
     def report(self) -> Callable[..., None] | None:
@@ -189,7 +180,7 @@ class Rules(_Adds):
                 Step(place._replace(side="input", name=f"{place.name}:in"), _Enter(leave), every=True, whole=True)
             )
             steps.append(Step(place._replace(side="output"), leave, every=True, whole=True))
-        if self.operations or self.first is not None or self.unknown is not None:
+        if self.sees_operations:
             whole = _whole(module)._replace(side="input")
             steps.append(Step(whole, _Operate(self, how), every=True, whole=True))
         return [Bound(tuple(steps))]
@@ -222,10 +213,12 @@ class _Enter:
     def __init__(self, leave: _Leave) -> None:
         self.leave = leave
         inplace = getattr(leave.place.module, "inplace", False) is True
-        self.keeps = inplace
+        self.keeps, self.writes = inplace, not overwrites_nothing(leave.place.module)
 
     def __call__(self, tree: Any, run: Run, given: Any) -> Any:
         run.inside += 1
+        if self.writes and self.leave.how.keeps:
+            spare(tree)  # operations inside are not seen
         if run.inside > 1 or not torch.is_grad_enabled() or overruled(run, self.leave.place.module):
             return tree
         if not any(map(depends, tensors(tree))):
@@ -239,7 +232,7 @@ class _Enter:
             run.store[("given", self.leave)] = changed(tree, torch.clone)
         tree = watched(tree, self.leave.how, self.leave.place.name, rule, "in")
         if rule.scaled and self.leave.how.convention == "relevance":
-            tree = changed(tree, _Scale(self.leave.how))
+            tree = changed(tree, Scale(self.leave.how, seen=False))
         return tree
 
 
@@ -290,6 +283,8 @@ class _Operate:
     def operate(self, run: Run, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func`` under the rule of its name, if there is one."""
         name = operation_name(func)
+        if overwrites(func, kwargs):
+            spare(args[:1], kwargs.get("out"))
         runs = active()
         if len(runs) > 1:
             if yields(run, name):
@@ -332,18 +327,26 @@ class _Operate:
         shown = name if self.how.report is None else _numbered(name, run)
         given = (args, kwargs) = watched((args, kwargs), self.how, shown, rule, "in")
         if rule.scaled and self.how.convention == "relevance":
-            args, kwargs = changed(given, _Scale(self.how))
+            args, kwargs = changed(given, Scale(self.how, seen=True))
         args, kwargs = rule.prepare(name, args, kwargs)
         output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
         if not any(value.is_floating_point() for value in tensors(output)):
-            return output if target is None else overwrite(target, output)
+            return _written(output, target)
         call = Call(name, func, args, kwargs, output, self.how)
         call.before = before
         rule, call = joined(rule, call)
         output = watched(carried(rule, call), self.how, shown, rule, "out")
-        output = output if target is None else overwrite(target, output)
+        output = _written(output, target)
         run.store["last call"] = (rule, call, output)
         return output
+
+
+def _written(output: Any, target: Tensor | None) -> Any:
+    """The output, written over ``target`` where the operation was one in place."""
+    if target is None:
+        return output
+    spare(target)  # of which the rule may just have kept something
+    return overwrite(target, output)
 
 
 def joins(rule: Rule, before: tuple[Rule, Call, Any], how: _How) -> bool:

@@ -52,7 +52,7 @@ class SoftmaxEpsilonRule(Rule):
             raise call.cannot(self, "it is no softmax", "a module or function with one input")
         if not call.carries_relevance:
             return z
-        return backward_by(functools.partial(_softmax, _dim(call)), z, inputs, call.saved(z))
+        return backward_by(functools.partial(_softmax, _dim(call)), z, inputs, call.kept(z))
 
 
 def _dim(call: Call) -> int:

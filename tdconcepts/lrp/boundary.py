@@ -218,7 +218,7 @@ def _ended(call: Call, x: Tensor, formula: Any) -> Tensor:
     value = call.output if call.written is None else call.written
     if call.carries_relevance:
         return backward_by(functools.partial(_relevance, formula), value, [x])
-    return backward_by(functools.partial(_from_gradient, formula, call.ends), value, [x], call.saved(value))
+    return backward_by(functools.partial(_from_gradient, formula, call.ends), value, [x], call.kept(value))
 
 
 def _relevance(formula: Any, flow: Tensor, x: Tensor) -> tuple[Tensor]:

@@ -70,8 +70,8 @@ class EpsilonRule(Rule):
     def _carried(self, call: Call, z: Tensor, denominator: Tensor | None) -> Tensor:
         formula = functools.partial(_epsilon, self.epsilon, call.carries_relevance, self._shares(call))
         if denominator is not None:
-            return backward_by(formula, z, [denominator], denominator, call.saved(z), keep=False)
-        return backward_by(formula, z, [z], call.saved(z), keep=False)
+            return backward_by(formula, z, [denominator], denominator, call.kept(z), keep=False)
+        return backward_by(formula, z, [z], call.kept(z), keep=False)
 
     def _denominator(self, call: Call) -> Tensor | None:
         """The output with parameters zeroed, where some are."""

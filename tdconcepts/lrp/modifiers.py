@@ -140,7 +140,7 @@ class ModifiedRule(Rule):
         found = self.rule.carry(other)
         if call.carries_relevance or not depends(found):
             return backward_by(_same, call.output, [found], keep=False)
-        return backward_by(_in_proportion, call.output, [found], call.saved(call.output), output.detach(), keep=False)
+        return backward_by(_in_proportion, call.output, [found], call.kept(call.output), output.detach(), keep=False)
 
 
 def _same(flow: Tensor) -> tuple[Tensor]:

@@ -56,7 +56,7 @@ class LayerNormRule(Rule):
             found = ((parts - parts.mean(dims, keepdim=True)) * scale).reshape(flow.shape)
             return (kept[0] * found if relevance else found,)
 
-        kept = [x, call.saved(call.output)] if relevance else []
+        kept = [x, call.kept(call.output)] if relevance else []
         return backward_by(formula, call.output, [x], scale, *kept, keep=False)
 
     def _layout(self, call: Call, x: Tensor) -> tuple[list[int], int, Tensor | None, float]:
@@ -108,7 +108,7 @@ class RMSNormRule(Rule):
             raise call.cannot(self, "it does not scale its one input", "LayerNormRule or EpsilonRule")
         if call.carries_relevance:
             return backward_by(lambda flow: (flow,), z, inputs, keep=False)
-        (x,), saved = inputs, call.saved(z)
+        (x,), saved = inputs, call.kept(z)
         if untransformed(x) and not bool((x.detach() == 0).any()):
             return backward_by(_scaled, z, [x], saved)
         return backward_by(_scaled_at_zeros, z, [x, z], x, saved, keep=False)  # at 0 its derivative is the scale

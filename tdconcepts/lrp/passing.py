@@ -70,7 +70,7 @@ class PassRule(Rule):
             return backward_by(_same, z, inputs, keep=False)
         if _is_relu(call):
             return z  # its gradient passes x * G on
-        return backward_by(functools.partial(_quotient, self.epsilon), z, inputs, call.saved(z))
+        return backward_by(functools.partial(_quotient, self.epsilon), z, inputs, call.kept(z))
 
 
 def _same(flow: Tensor) -> tuple[Tensor]:
@@ -149,7 +149,7 @@ class UniformRule(Rule):
         if call.carries_relevance:
             return backward_by(functools.partial(_equal, len(spread)), z, spread, keep=False)
         formula = functools.partial(_equal_ratios, self.epsilon)
-        return backward_by(formula, z, spread, call.saved(z))
+        return backward_by(formula, z, spread, call.kept(z))
 
 
 def _equal(n: int, flow: Tensor) -> tuple[Tensor, ...]:
@@ -310,7 +310,7 @@ class PseudoIdentityRule(Rule):
             return backward_by(_same, z, inputs, keep=False)
         if _is_relu(call):
             return z
-        x, saved = inputs[0], call.saved(z)
+        x, saved = inputs[0], call.kept(z)
         if untransformed(x) and (x.numel() == 0 or bool(x.detach().abs().amin() > self.epsilon)):
             return backward_by(functools.partial(_quotient, self.epsilon), z, [x], saved)
         return backward_by(functools.partial(_pseudo, self.epsilon), z, [x, z], x, saved, keep=False)

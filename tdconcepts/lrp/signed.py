@@ -166,9 +166,9 @@ def _by_sides(rule: AlphaBetaRule | ZPlusRule | GammaRule, call: Call, formula: 
     view, positive, memo = call.found
     z, changes = call.output, bool(rule.zero_params)
     value = z if call.written is None else call.written
-    saved = [] if call.carries_relevance else [call.saved(value)]  # of which the flow is a ratio
+    saved = [] if call.carries_relevance else [call.kept(value)]  # of which the flow is a ratio
     if not (changes or (positive and isinstance(rule, ZPlusRule))) and (call.carries_relevance or value is not z):
-        saved.append(call.saved(z))
+        saved.append(call.kept(z))
     flow = functools.partial(_flow, formula, view, positive, call.carries_relevance, changes, memo)
     return backward_by(flow, value, [view.x], *saved)
 
