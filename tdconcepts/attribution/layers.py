@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 
+@constructor()
 def LayerActivation(  # noqa: N802 (a constructor, under Captum's name)
     module: TensorDictModuleBase, layer: str | Site, attribute_to_layer_input: bool = False
 ) -> Hooked:

@@ -12,7 +12,6 @@ import torch
 from tensordict import NonTensorData, TensorDict, TensorDictBase
 from torch import Tensor, is_inference_mode_enabled, nn
 from torch.compiler import is_compiling
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from tdconcepts.errors import BadValue, import_extra
@@ -142,7 +141,7 @@ def pieces_of(
     Without a ``chunk_size`` that is all of them, but for a batch for which the output of the widest layer takes more
     than 8 MB of float32 (512 MB on a GPU), which goes in pieces of 1 MB and of 8 rows or more: not slower, and the
     memory is bounded. One index of the first batch dim is cut only by a ``chunk_size``, and never where a recurrent
-    layer reads the dims after it as time. A batch norm in training mode sees the whole batch, but for a ``chunk_size``.
+    layer reads the dims after it as time. Who cuts has refused layers that mix rows: see ``check_norms``.
     """
     if not td.batch_size.numel() or not td.batch_dims or (chunk_size is not None and chunk_size >= td.numel()):
         return None
@@ -156,8 +155,7 @@ def pieces_of(
     rows = td.numel()
     if size <= scale * _LARGE or rows <= _PIECE_ROWS:
         return None
-    mixing = (isinstance(one, _BatchNorm) and one.training for one in module.modules())
-    return None if any(mixing) else max(_PIECE_ROWS, scale * _COPIES * rows // size, whole)
+    return max(_PIECE_ROWS, scale * _COPIES * rows // size, whole)
 
 
 def _elements(td: TensorDictBase, keys: Iterable[NestedKey], wide: Widths) -> tuple[int, int]:

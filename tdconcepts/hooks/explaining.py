@@ -113,11 +113,8 @@ class Explaining:
         self, td: TensorDictBase, attribute: Callable[[TensorDictBase, Tensor | None], dict[NestedKey, Tensor]]
     ) -> TensorDictBase:
         """Write what ``attribute(part, held)`` gives for each chunk of the batch, and return ``td``."""
-        check_td(td)
-        check_norms(self._norms, "rows")
-        self._check_room(td)
+        self.check(td)
         held = td.get(HELD)
-        finite(td, self.entries, self.check_finite)
         rows = self.pieces(td)
         if rows is None:
             results = attribute(td, held)
@@ -131,6 +128,13 @@ class Explaining:
         for key, value in results.items():
             td.set(key, value)
         return td
+
+    def check(self, td: TensorDictBase) -> None:
+        """Raise, before anything is computed, for what can't be explained row by row."""
+        check_td(td)
+        check_norms(self._norms, "rows")
+        self._check_room(td)
+        finite(td, self.entries, self.check_finite)
 
     def ran(self, td: TensorDictBase) -> tuple[TensorDictBase, dict[NestedKey, Tensor]]:
         """For methods that run the module many times: ``td`` with the ``by`` that was written, and the outputs.

@@ -15,6 +15,7 @@ from tdconcepts.hooks.plans import Bound, Plan, Run, Stop, stopping
 from tdconcepts.hooks.pullback import Pullback
 from tdconcepts.hooks.stages import check_module
 from tdconcepts.keys import GRADIENT, NestedKey, check_writable
+from tdconcepts.tunables import Replaceable
 
 __all__ = ["Hooked", "Program", "check_td"]
 
@@ -35,7 +36,7 @@ class _Finishes:
             finish(run, td)
 
 
-class Hooked(TensorDictModuleBase):
+class Hooked(Replaceable, TensorDictModuleBase):
     """``module`` under a program: a context manager, and a TensorDictModule.
 
     | reads | writes |
@@ -44,7 +45,7 @@ class Hooked(TensorDictModuleBase):
 
     Inside ``with``, direct calls of the original module on this thread obey the program's *edits* too; captures are
     written by calls of this module only. Outside ``with`` a call enters for its own time. Contexts nest, and end in any
-    order. The original is bit-identical afterwards.
+    order. The original is bit-identical afterwards. ``replace(module=...)`` or ``replace(program=...)`` makes another.
 
     Args:
         module: a TensorDictModule; it is used, not copied.

@@ -13,7 +13,6 @@ from tdconcepts.errors import BadValue
 from tdconcepts.hooks import Target, check_td, dispatch_rows
 from tdconcepts.hooks.batching import joined, slices
 from tdconcepts.hooks.drawing import Source
-from tdconcepts.hooks.explaining import finite
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.perturbing import Game, Perturbed, Perturbing
@@ -81,7 +80,7 @@ class FeaturePermutation(Replaceable, TensorDictModuleBase):
         if n == 1:
             got, needed = f"batch size {list(tensordict.batch_size)}", "two rows or more"
             raise BadValue("one row has no other row to take a feature from", got=got, needed=needed)
-        finite(tensordict, this.explaining.entries, this.explaining.check_finite)
+        this.explaining.check(tensordict)
         rows, batch = this.explaining.pieces(tensordict), tensordict.batch_size
         parts, outputs = [], []
         for index, part in slices(tensordict, rows):

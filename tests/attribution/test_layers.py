@@ -33,6 +33,16 @@ def test_the_same_numbers_as_captum(net, batch, to_input):
     close(LayerGradCam(net, Target("logits", 1), "2", to_input)(td.copy())["attribution", key], theirs)
 
 
+def test_an_activation_is_replaced_by_another(net):
+    first = LayerActivation(net, "2")
+    assert first.replace(layer="0").out_keys[-1] == ("activation", "0")
+    assert first.replace(attribute_to_layer_input=True).out_keys[-1] == ("activation", "2:in")
+    assert first.out_keys[-1] == ("activation", "2")
+    assert first.tunables == ()
+    with pytest.raises(BadType, match="no argument 'layr'"):
+        first.replace(layr="0")
+
+
 @pytest.mark.parametrize("selector", [1, slice(0, 3), (slice(2, 4),)])
 def test_integrated_gradients_of_neurons(net, batch, selector):
     td = batch(4)

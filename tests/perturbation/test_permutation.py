@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import oracle
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from tdconcepts import Site, Target
 from tdconcepts.errors import BadValue
@@ -61,3 +62,6 @@ def test_bad_input(net, batch):
         FeaturePermutation(net, Target("logits", 0))(batch(1))
     with pytest.raises(BadValue, match="baseline here"):
         FeaturePermutation(net, Target("logits", 0), baseline=0.0)
+    norm = TensorDictModule(torch.nn.BatchNorm1d(4), ["x"], ["logits"])
+    with pytest.raises(BadValue, match="statistics of the batch"):
+        FeaturePermutation(norm, Target("logits", 0))(batch(5))
