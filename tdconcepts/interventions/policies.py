@@ -175,8 +175,8 @@ class UncertaintyPolicy(ConceptStage):
             raise BadValue("not a measure", got=repr(measure), needed='"distance" or "entropy"')
         if center is not None and measure == "entropy":
             raise BadValue("the entropy has no center", got=f"center={center!r}", needed='measure="distance"')
-        super().__init__()
         self.center, self.measure = center, measure
+        super().__init__()
 
     def bind(self, splice: Splice) -> ConceptStage:
         if splice.owner is not None and (self.center is not None or self.measure == "distance"):
@@ -185,11 +185,15 @@ class UncertaintyPolicy(ConceptStage):
             raise BadValue("the distance to a center scores binary concepts", got=f"{many}", needed=needed, fix=fix)
         return super().bind(splice)
 
+    def _place(self, splice: Splice) -> None:
+        super()._place(splice)
+        self._by_entropy = self.measure == "entropy" or splice.owner is not None
+        self._undecided = self.center if self.center is not None else 0.0 if splice.space == "logits" else 0.5
+
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
-        if self.measure == "entropy" or self.splice.owner is not None:
+        if self._by_entropy:
             return self._entropy(concepts)
-        undecided = 0.0 if self.splice.space == "logits" else 0.5
-        return (concepts - (undecided if self.center is None else self.center)).abs_().neg_()
+        return (concepts - self._undecided).abs_().neg_()
 
     def _entropy(self, concepts: Tensor) -> Tensor:
         sizes = self.splice.cardinalities or (1,) * concepts.shape[-1]

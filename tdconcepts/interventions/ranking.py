@@ -29,8 +29,9 @@ def top_mask(score: Tensor, k: int) -> Tensor:
     n = score.shape[-1]
     if k in (0, n):
         return torch.full_like(score, k > 0, dtype=torch.bool)
-    score = score.detach()
-    if _OPERATION and torch.compiler.is_compiling() and score.device.type == "cpu":
+    if score.requires_grad:
+        score = score.detach()
+    if torch.compiler.is_compiling() and _OPERATION and score.device.type == "cpu":
         return torch.ops.tdconcepts.top_mask(score, k)
     return _top_mask(score, k)
 
@@ -135,6 +136,6 @@ def _ranked(score: Tensor, allowed: Tensor) -> Tensor:
 
 def _is_plain(score: Tensor) -> bool:
     """Whether the numbers are at hand: in main memory, in a type of numpy's, not traced and not mapped."""
-    if torch.compiler.is_compiling() or type(score) is not Tensor or score.device.type != "cpu":
+    if type(score) is not Tensor or not score.is_cpu or torch.compiler.is_compiling():
         return False
     return score.dtype in _NUMPY and not torch._C._functorch.is_batchedtensor(score)

@@ -68,7 +68,7 @@ class Do(ConceptStage):
         value = self.constant
         if value.dtype is not concepts.dtype or value.device != concepts.device:
             value = value.to(concepts)
-        if self.space not in (None, "continuous"):
+        if self.space is not None and self.space != "continuous":
             like = concepts.new_zeros(concepts.shape[-1])
             label = value.expand_as(like) if not value.ndim and self.space != "onehot" else value
             lead = () if label.ndim < 2 else label.shape[:-1]
