@@ -21,7 +21,6 @@ ROWS = [
             w.model, EpsilonPlus(), argmax(w), condition=[{Site("0.0"): [0, 2]}, {Site("0.0"): w("action")}], **w.chunk
         ),
         "0.0",
-        compiled="which condition is pulled back is known when the backward runs",
     ),
     explainer(
         "LRP in the relevance convention, with outputs and deltas",
