@@ -34,7 +34,8 @@ def vector_jacobian(
     if not several:
         seed = torch.ones_like(values)
         return list(torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True))
-    outputs, each, count = values, seeds(values), values.shape[-1]
+    outputs: Tensor | GradientEdge = values
+    each, count = seeds(values), values.shape[-1]
     step = max(1, width or count)
     if step == 1 < count and not create_graph and (neck := _neck(values, inputs)) is not None:
         (each,) = torch.autograd.grad(values, [neck], each, retain_graph=True, is_grads_batched=True)
@@ -44,9 +45,9 @@ def vector_jacobian(
     for start in range(0, count, step):
         stop = min(start + step, count)
         found = torch.autograd.grad(
-            [outputs],
+            outputs,
             inputs,
-            [each[start] if step == 1 else each[start:stop]],
+            each[start] if step == 1 else each[start:stop],
             retain_graph=create_graph or stop < count,
             create_graph=create_graph,
             allow_unused=True,
@@ -96,7 +97,7 @@ def _neck(values: Tensor, inputs: Sequence[Any]) -> GradientEdge | None:
     wanted, most = {edge.node for edge in edges}, sum(map(_size, edges))
     node, neck, matrices = values.grad_fn, None, False
     while node is not None and node not in wanted and node.name() in _MATRICES | _BETWEEN:
-        rest = [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+        rest = [GradientEdge(after, i) for after, i in node.next_functions if after is not None]
         rest = [edge for edge in rest if not _is_parameter(edge.node, wanted)] if len(rest) > 1 else rest
         if len(rest) != 1 or rest[0].node in wanted or _size(rest[0]) > most:
             break

@@ -167,7 +167,7 @@ class Pullback:
             seen = [run.store[w] if w in self._places else Seen(leaves[w], handle=leaves[w]) for w in self.wrt]
             if any(s.version is not None and s.value._version != s.version for s in seen):
                 self._unchanged = False  # something does, and the values at sites are to be copied
-                how = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
+                how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
                 return self(td, points, **how, owner=owner)
             found = vector_jacobian(values, [s.handle for s in seen], several, create_graph, width, self.target.name)
             gradients, where = [], []
