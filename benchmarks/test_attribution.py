@@ -10,16 +10,27 @@ from oracles import oracle
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torch.nn.functional import interpolate
 
 from tdconcepts import (
+    Conductance,
+    Deconvolution,
+    DeepLift,
+    DeepLiftShap,
     ExpectedGradients,
+    FullGrad,
     GradCAM,
     Gradient,
+    GuidedBackprop,
+    GuidedGradCAM,
     InputXGradient,
     IntegratedGradients,
+    InternalInfluence,
+    NeuronConductance,
     Saliency,
     Site,
     SmoothGrad,
+    SmoothGradSquared,
     Target,
     VarGrad,
 )
@@ -42,7 +53,16 @@ def mlp(*sizes, between=nn.Tanh):
     return module(*layers[:-1])
 
 
+def lenet():
+    """The network of the study that set the aims against Captum, with its frozen parameters."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return module(*layers, nn.Linear(32 * 64, 128), nn.ReLU(), nn.Linear(128, 10)).requires_grad_(False)
+
+
 def cnn():
+    """Strides in the place of pools: a backward pass is two and a half times a forward one."""
     torch.manual_seed(0)
     first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
     return module(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16 * 16, 10))
@@ -86,6 +106,166 @@ def raw_cam(net):
         return (gradient.mean((2, 3), keepdim=True) * hidden).sum(1, keepdim=True).relu().detach()
 
     return form
+
+
+def raw_layers(layers, h, relu):
+    for layer in layers:
+        h = relu(h) if isinstance(layer, nn.ReLU) else layer(h)
+    return h
+
+
+class GuidedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, flow):
+        return torch.ops.aten.threshold_backward(flow.clamp(min=0), *ctx.saved_tensors, 0)
+
+
+class DeconvReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx, flow):
+        return flow.clamp(min=0)
+
+
+class Rescaled(torch.autograd.Function):
+    """DeepLIFT's ReLU: the change of y over the change of x, and the derivative where x does not change."""
+
+    @staticmethod
+    def forward(ctx, x, base):
+        y = x.relu()
+        ctx.save_for_backward(x, base, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, flow):
+        x, base, y = ctx.saved_tensors
+        step = x - base
+        near = step.abs() < 1e-10
+        return flow * torch.where(near, (x > 0).to(x.dtype), (y - base.relu()) / step.masked_fill(near, 1)), None
+
+
+def raw_changed(net, relu):
+    def form(td):
+        x = td.get("x").detach().requires_grad_()
+        return torch.autograd.grad(raw_layers(net.module, x, relu.apply)[:, Y].sum(), x)[0]
+
+    return form
+
+
+def raw_guided_cam(net):
+    guided, cam = raw_changed(net, GuidedReLU), raw_cam(net)
+    return lambda td: guided(td) * interpolate(cam(td), size=(32, 32))
+
+
+def raw_full(net):
+    def form(td):
+        layers, x = net.module, td.get("x").detach().requires_grad_()
+        first = layers[0](x)
+        second = layers[2](first.relu())
+        y = layers[4:](second.relu())
+        at = [x, first, second, y]
+        gradients = torch.autograd.grad(y[:, Y].sum(), at)
+        biases = [layers[0].bias.view(-1, 1, 1), layers[2].bias.view(-1, 1, 1), layers[5].bias]
+        return [(g * b).detach() for g, b in zip(gradients, [x, *biases], strict=True)]
+
+    return form
+
+
+def raw_lift(net, base=None):
+    """``base``: one row of baselines for all; without one zeros, a row for each."""
+
+    def form(td):
+        x = td.get("x").detach().requires_grad_()
+        start = torch.zeros_like(x) if base is None else base.unsqueeze(0)
+        inner = []
+        with torch.no_grad():
+            raw_layers(net.module, start, lambda h: inner.append(h) or h.relu())
+        others = iter(inner)
+        y = raw_layers(net.module, x, lambda h: Rescaled.apply(h, next(others)))
+        return torch.autograd.grad(y[:, Y].sum(), x)[0] * (x - start).detach()
+
+    return form
+
+
+def raw_leg(net, x):
+    """The first layers' output at one point of the path, and the gradient there."""
+    with torch.no_grad():
+        hidden = net.module[:2](x)
+    hidden.requires_grad_()
+    return hidden, torch.autograd.grad(net.module[2:](hidden)[:, Y].sum(), hidden)[0]
+
+
+def raw_conductance(net, n=50):
+    def form(td):
+        total, last = 0, None
+        for i in range(n + 1):
+            value, gradient = raw_leg(net, i / n * td.get("x"))
+            if last is not None:
+                total = total + 0.5 * (value.detach() - last[0]) * (gradient + last[1])
+            last = value.detach(), gradient
+        return total
+
+    return form
+
+
+def raw_influence(net, n=50):
+    points, weights = numpy.polynomial.legendre.leggauss(n)
+
+    def form(td):
+        x = td.get("x")
+        return sum(w / 2 * raw_leg(net, (0.5 + p / 2) * x)[1] for p, w in zip(points, weights, strict=True))
+
+    return form
+
+
+def raw_layer_integral(net, n=50):
+    points, weights = numpy.polynomial.legendre.leggauss(n)
+
+    def form(td):
+        with torch.no_grad():
+            end, start = net.module[:2](td.get("x")), net.module[:2](torch.zeros_like(td.get("x")))
+        total = 0
+        for p, w in zip(points, weights, strict=True):
+            hidden = (start + (0.5 + p / 2) * (end - start)).requires_grad_()
+            total = total + w / 2 * torch.autograd.grad(net.module[2:](hidden)[:, Y].sum(), hidden)[0]
+        return total * (end - start)
+
+    return form
+
+
+def raw_neuron_conductance(net, neuron, n=50):
+    points, weights = numpy.polynomial.legendre.leggauss(n)
+
+    def form(td):
+        total, x = 0, td.get("x")
+        for p, w in zip(points, weights, strict=True):
+            at = ((0.5 + p / 2) * x).requires_grad_()
+            hidden = net.module[:2](at)
+            one = hidden[(slice(None), *neuron)]
+            flow = torch.autograd.grad(net.module[2:](hidden)[:, Y].sum(), hidden, retain_graph=True)[0]
+            total = total + w / 2 * torch.autograd.grad(one, at, flow[(slice(None), *neuron)])[0]
+        return total * x
+
+    return form
+
+
+def peak(form, td):
+    """The most bytes that torch held at once, besides what was there before."""
+    form(td.copy())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        form(td.copy())
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return torch.tensor([0, *(size for _, size in changes)]).cumsum(0).max().item()
 
 
 def raw_draws(net, combine, draws=20, scale=0.1):
@@ -158,12 +338,12 @@ def test_gradient_of_a_cnn(compare):
     )
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-def test_ten_classes_of_a_cnn(compare, batch):
+@pytest.mark.parametrize(("make", "batch"), [(lenet, 1), (lenet, 4), (lenet, 8), (cnn, 1), (cnn, 16)])
+def test_ten_classes_of_a_cnn(compare, make, batch):
     """One forward for all; backwards there are ten in either case, so that 2.5 is out of reach where they dominate."""
-    net = cnn()
+    net = make()
     compare(
-        f"Saliency of 10 classes, CNN 32x32, batch {batch} / Captum one by one",
+        f"Saliency of 10 classes, {make.__name__} 32x32, batch {batch} / Captum one by one",
         Saliency(net, Target("y", list(range(10)))),
         classes_one_by_one(net),
         rows(batch, 3, 32, 32),
@@ -172,6 +352,7 @@ def test_ten_classes_of_a_cnn(compare, batch):
     )
 
 
+# Each gradient method: ours, the key, by hand, Captum's where it gives the same numbers, the batch.
 IMAGES = {
     "Saliency": (
         lambda net: Saliency(net, Target("y", Y)),
@@ -180,11 +361,42 @@ IMAGES = {
     "InputXGradient": (
         lambda net: InputXGradient(net, Target("y", Y)),
         lambda net: lambda td: raw_gradient(net, td.get("x")) * td.get("x"),
+        lambda net: captum.attr.InputXGradient(net),
     ),
-    "GradCAM": (lambda net: GradCAM(net, Target("y", Y), "3"), raw_cam),
+    "GradCAM": (
+        lambda net: GradCAM(net, Target("y", Y), "3"),
+        raw_cam,
+        lambda net: captum.attr.LayerGradCam(net, net[3]),
+        {"relu_attributions": True},
+    ),
+    "GuidedBackprop": (
+        lambda net: GuidedBackprop(net, Target("y", Y)),
+        lambda net: raw_changed(net, GuidedReLU),
+        lambda net: captum.attr.GuidedBackprop(net),
+    ),
+    "Deconvolution": (
+        lambda net: Deconvolution(net, Target("y", Y)),
+        lambda net: raw_changed(net, DeconvReLU),
+        lambda net: captum.attr.Deconvolution(net),
+    ),
+    "GuidedGradCAM": (
+        lambda net: GuidedGradCAM(net, Target("y", Y), "3"),
+        raw_guided_cam,
+        lambda net: captum.attr.GuidedGradCam(net, net[3]),
+    ),
+    "FullGrad": (lambda net: FullGrad(net, Target("y", Y)), raw_full),
+    "DeepLift": (
+        lambda net: DeepLift(net, Target("y", Y)),
+        raw_lift,
+        lambda net: captum.attr.DeepLift(net),
+    ),
     "SmoothGrad, 20 draws": (
         lambda net: SmoothGrad(Gradient(net, Target("y", Y))),
         lambda net: raw_draws(net, lambda each: each.mean(0)),
+    ),
+    "SmoothGradSquared, 20 draws": (
+        lambda net: SmoothGradSquared(Gradient(net, Target("y", Y))),
+        lambda net: raw_draws(net, lambda each: each.square().mean(0)),
     ),
     "VarGrad, 20 draws": (
         lambda net: VarGrad(Gradient(net, Target("y", Y))),
@@ -202,38 +414,108 @@ IMAGES = {
 @pytest.mark.parametrize("name", IMAGES)
 def test_methods_of_images(compare, name):
     net = cnn()
-    make, by_hand = IMAGES[name]
-    key = ("attribution", "3") if name == "GradCAM" else X
-    ours = make(net)
+    make, by_hand, *peer = IMAGES[name]
+    ours, form = make(net), by_hand(net)
+    keys = [key for key in ours.out_keys if key[0] == "attribution"]
+    if peer:
+        theirs, options = peer[0](net.module), dict(*peer[1:])
     compare(
         f"{name}, CNN 32x32, batch 16",
-        lambda td: ours(td).get(key),
-        by_hand(net),
+        ours,
+        form,
         rows(16, 3, 32, 32),
-        [key],
+        keys,
         at_most=1.1,
+        peers={"Captum's": lambda td: theirs.attribute(td.get("x"), target=Y, **options)} if peer else None,
         tolerance=1e-5 if "draws" not in name and "samples" not in name else 0.1,
     )
 
 
-@pytest.mark.parametrize("at_once", [16, None])
-@pytest.mark.parametrize("count", [1, 10])
-def test_integrated_gradients_of_captum(compare, count, at_once):
-    """At equal memory, and as it comes: all points of the path in one batch."""
-    net = cnn()
-    explain = captum.attr.IntegratedGradients(net.module)
+PATHS = {
+    "Conductance": (
+        lambda net: Conductance(net, Target("y", Y), Site("1")),
+        lambda net: raw_conductance(net),
+        lambda net: captum.attr.LayerConductance(net, net[1]),
+    ),
+    "InternalInfluence": (
+        lambda net: InternalInfluence(net, Target("y", Y), Site("1")),
+        lambda net: raw_influence(net),
+        lambda net: captum.attr.InternalInfluence(net, net[1]),
+    ),
+    "IntegratedGradients at a layer": (
+        lambda net: IntegratedGradients(net, Target("y", Y), Site("1")),
+        lambda net: raw_layer_integral(net),
+        lambda net: captum.attr.LayerIntegratedGradients(net, net[1]),
+    ),
+    "NeuronConductance": (
+        lambda net: NeuronConductance(net, Target("y", Y), "1", (4, 5, 6)),
+        lambda net: raw_neuron_conductance(net, (4, 5, 6)),
+    ),
+}
 
-    def loop(td):
-        each = [Y] if count == 1 else range(count)
-        found = [explain.attribute(td.get("x"), target=i, internal_batch_size=at_once) for i in each]
-        return found[0] if count == 1 else torch.stack(found, 1)
 
+@pytest.mark.parametrize("name", PATHS)
+def test_paths_through_a_layer(compare, name):
+    """50 steps. Captum's conductance is another sum, which leaves out the ends of the path."""
+    net, td = cnn(), rows(4, 3, 32, 32)
+    make, by_hand, *peer = PATHS[name]
+    ours = make(net)
+    key = ours.out_keys[0]
+    if peer:
+        theirs = peer[0](net.module)
     compare(
-        f"IntegratedGradients, 50 steps, {count} targets, CNN 32x32, batch 4 / Captum, "
-        + ("all rows at once" if at_once is None else f"{at_once} rows at once, as ours"),
-        IntegratedGradients(net, Target("y", Y if count == 1 else list(range(10)))),
-        loop,
+        f"{name}, 50 steps, CNN 32x32, batch 4",
+        lambda td: ours(td).get(key),
+        by_hand(net),
+        td,
+        [key],
+        at_most=1.1,
+        peers={"Captum's": lambda td: theirs.attribute(td.get("x"), target=Y)} if peer else None,
+        tolerance=1e-5 if name != "Conductance" else 1e-3,
+    )
+
+
+def test_deep_lift_shap(compare):
+    net, base = cnn(), torch.randn(10, 3, 32, 32)
+    explain = captum.attr.DeepLiftShap(net.module)
+    ours = DeepLiftShap(net, Target("y", Y), baselines=TensorDict(x=base, batch_size=[10]))
+    compare(
+        "DeepLiftShap, 10 baselines, CNN 32x32, batch 4",
+        ours,
+        lambda td: sum(raw_lift(net, one)(td) for one in base) / len(base),
         rows(4, 3, 32, 32),
+        [X],
+        at_most=1.1,
+        peers={"Captum's": lambda td: explain.attribute(td.get("x"), base, target=Y)},
+    )
+
+
+@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize(("make", "memory"), [(lenet, True), (lenet, False), (cnn, True)])
+def test_integrated_gradients_of_captum(compare, make, memory, count):
+    """At equal memory, measured: the fewest rows at once of Captum's whose peak is not below ours; and by default."""
+    net, td = make(), rows(4, 3, 32, 32)
+    explain = captum.attr.IntegratedGradients(net.module)
+    ours = IntegratedGradients(net, Target("y", Y if count == 1 else list(range(10))))
+
+    def loop(at_once):
+        def form(td):
+            each = [Y] if count == 1 else range(count)
+            found = [explain.attribute(td.get("x"), target=i, internal_batch_size=at_once) for i in each]
+            return found[0] if count == 1 else torch.stack(found, 1)
+
+        return form
+
+    at_once, how = None, "all rows at once"
+    if memory:
+        limit, sizes = peak(ours, td), range(len(td), 51 * len(td), len(td))
+        at_once = next(size for size in sizes if peak(loop(size), td) >= limit)
+        how = f"{at_once} rows at once: as much memory, {limit / 2**20:.1f} MiB"
+    compare(
+        f"IntegratedGradients, 50 steps, {count} targets, {make.__name__} 32x32, batch 4 / Captum, {how}",
+        ours,
+        loop(at_once),
+        td,
         [X],
         **({"at_most": 1.0} if count == 1 else {"faster": 2}),
     )
