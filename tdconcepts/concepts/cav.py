@@ -188,6 +188,8 @@ class ConceptActivationVectors(BlockStage):
         count = known.sum(0)
         truth = targets.masked_fill(~known, 0)
         hits = (((found > 0) == (truth > 0.5)) & known).sum(0) / count
+        if "continuous" not in self.concepts.kinds:
+            return hits
         residual = ((found - truth).square() * known).sum(0)
         spread = ((truth - truth.sum(0) / count).square() * known).sum(0)
         return torch.where(self._continuous(), 1 - residual / spread, hits)
