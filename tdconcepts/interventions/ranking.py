@@ -31,6 +31,8 @@ def top_mask(score: Tensor, k: int) -> Tensor:
         return torch.full_like(score, k > 0, dtype=torch.bool)
     if score.requires_grad:
         score = score.detach()
+    if torch.compiler.is_compiling() and n <= _FEW:
+        return _paired_mask(score, k)
     if torch.compiler.is_compiling() and _OPERATION and score.device.type == "cpu":
         return torch.ops.tdconcepts.top_mask(score, k)
     return _top_mask(score, k)
@@ -51,6 +53,15 @@ def prepare() -> None:
 
 
 _OPERATION: list[Any] = []
+
+
+def _paired_mask(score: Tensor, k: int) -> Tensor:
+    """The same by comparing each pair of columns, which the compiler makes one loop of, with what is around it."""
+    if score.is_floating_point():
+        score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    own, other = score.unsqueeze(-1), score.unsqueeze(-2)
+    earlier = torch.ones(score.shape[-1:] * 2, dtype=torch.bool, device=score.device).tril(-1)
+    return torch.where(earlier, other >= own, other > own).sum(-1) < k
 
 
 def _top_mask(score: Tensor, k: int) -> Tensor:

@@ -138,3 +138,11 @@ def test_in_a_graph_it_is_one_operation_with_the_same_result(dtype):
     cases = [(score.contiguous(), 5), (score[:0], 5), (score[0], 1)]
     for case in cases:
         torch.library.opcheck(torch.ops.tdconcepts.top_mask.default, case)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_few_columns_in_a_graph_are_the_definition(k):
+    score = torch.tensor([[0.5, math.nan, 0.5, 3.0, 0.5], [math.inf, math.inf, -math.inf, math.nan, 1.0], [2.0] * 5])
+    for scores in (score, score > 1, torch.tensor([[3, 1, 3, 3, 0]])):
+        found = torch.compile(lambda s: top_mask(s, k), fullgraph=True, backend="eager")(scores)
+        assert found.tolist() == [slow(row, k) for row in scores.tolist()]
