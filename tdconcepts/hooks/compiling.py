@@ -116,7 +116,7 @@ class Compiled(TensorDictModuleBase):
     def reset(self) -> None:
         """Forget every graph: the next call compiles anew, whatever has changed."""
         self._graphs: dict[Any, Callable[..., tuple[Any, ...]]] = {}  # the one that was used last at the end
-        self._last: tuple[Any, Any] = (None, None)
+        self._last: tuple[Any, Any, bool] = (None, None, True)  # the situation, its graph, whether it was looked at
         self._met: list[nn.Module] = []
         self._listen()
 
@@ -133,6 +133,8 @@ class Compiled(TensorDictModuleBase):
             keys, tensors = _tensors(keys, tensors)
         batch = tensordict.batch_dims if tensors else tensordict.batch_size
         graph = self._graph(keys, batch, tensordict.device, settings)
+        if not self._last[2]:
+            self._look(tensordict, settings)
         try:
             found = _outside(graph, tensors) if apart else graph(*tensors)
         except Exception as error:
@@ -152,8 +154,9 @@ class Compiled(TensorDictModuleBase):
         situation = keys, batch, device, hooks, around, also
         if situation == self._last[0]:
             return self._last[1]
-        graph = self._graphs.pop(situation, None) or self._compiled(keys, batch, device, settings)
-        self._graphs[situation], self._last = graph, (situation, graph)
+        graph = self._graphs.pop(situation, None)
+        self._last = situation, graph or self._compiled(keys, batch, device, settings), graph is not None
+        self._graphs[situation] = graph = self._last[1]
         if len(self._graphs) > _KEPT:
             del self._graphs[next(iter(self._graphs))]
         return graph
@@ -178,6 +181,16 @@ class Compiled(TensorDictModuleBase):
             inner["size_asserts"] = False  # the guards on tensors say it already
         inner |= options.pop("options", {})
         return torch.compile(own, fullgraph=True, options=inner, **options)
+
+    def _look(self, tensordict: TensorDictBase, settings: dict[str, Any]) -> None:
+        """Run a stage that sees errors only without the compiler, and says so by ``looks_first``, before its graph."""
+        try:
+            if getattr(self.stage, "looks_first", False):
+                self.stage(tensordict.copy(), **settings)
+        except Exception:
+            self.reset()  # the graph must not be there when this input comes again
+            raise
+        self._last = *self._last[:2], True
 
     def _filter(self, entries: Sequence[Any]) -> list[bool]:
         """Which guards are kept; torch asks whenever it has compiled a graph."""
@@ -209,17 +222,19 @@ class Compiled(TensorDictModuleBase):
             self.stage(tensordict.copy(), **settings)
         except Exception as own:
             return explained(own, self.in_keys, tensordict)
-        why = re.search(r"Developer debug context: (.+)", str(error)) or re.search(r"(.+)", str(error))
+        why = re.findall(r"\A\s*(.+)|Developer debug context: (.+)", str(error))
         hooks = "hooks can't be installed" in str(error)
         return BadValue(
             f"torch.compile can't take {type(self.stage).__name__} as one graph",
-            got=why[1].strip() if why else type(error).__name__,
+            got=": ".join(first or then for first, then in why) or type(error).__name__,
             needed="taps from before" if hooks else "a stage that torch traces from end to end",
-            fix="anchor(model, ...) at the sites first" if hooks else "call the stage itself, or compile a part of it",
+            fix="anchor(model, ...) first, at the sites and at the modules that have rules"
+            if hooks
+            else "call the stage itself, or compile a part of it",
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_graphs": {}, "_last": (None, None), "_met": [], "_hooks": []}
+        return {**vars(self), "_graphs": {}, "_last": (None, None, True), "_met": [], "_hooks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -90,6 +90,8 @@ class LRP(Replaceable, TensorDictModuleBase):
         True
     """
 
+    looks_first = True  # for ``Compiled``: a graph can't see that a terminal rule is in the middle of the model
+
     def __init__(
         self,
         module: TensorDictModuleBase,

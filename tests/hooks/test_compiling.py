@@ -18,7 +18,7 @@ from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.experiments import Sweep, every
 from tdconcepts.hooks import Ablate, Compiled, Patch, Scale, Site, Target, anchor, capture, compiling, patch
 from tdconcepts.interventions import GroundTruth, InterventionPipeline, UncertaintyPolicy
-from tdconcepts.lrp import LRP, EpsilonPlus, EpsilonPlusFlat
+from tdconcepts.lrp import LRP, EpsilonPlus, EpsilonPlusFlat, FlatRule, FoldedBatchNorm
 from tdconcepts.rl.agents import cartpole_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it compiles
@@ -87,6 +87,53 @@ def test_by_default_the_inductor_compiles():
     with torch.no_grad():
         compiled.stage.module.module[0].weight.mul_(2)  # as an optimiser's step
     assert same(compiled) == 0
+
+
+class Squares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
+        nn.init.normal_(self.body[1].running_mean)
+
+    def forward(self, x):
+        return self.body(x.unsqueeze(-3))
+
+
+def test_folded_batch_norms():
+    torch.manual_seed(0)
+    net = TensorDictModule(Squares().eval(), ["x"], ["y"])
+    compiled = by_eager(LRP(net, EpsilonPlusFlat() | FoldedBatchNorm(), Target("y", 0)))
+    td = TensorDict(x=torch.randn(4, 5, 5), batch_size=[4])
+    with pytest.raises(BadValue, match=r"anchor\(model, \.\.\.\) first"):
+        compiled(td)
+    with anchor(net, "body.*"):
+        assert same(compiled, td) == 1
+        assert same(compiled, td) == 0
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_refused_as_torch_does(kind):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = kind(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.body(x)[0][:, -1]
+
+    compiled = by_eager(LRP(TensorDictModule(Last(), ["x"], ["y"]), EpsilonPlus(), Target("y", 0)))
+    with pytest.raises(BadValue, match="Attempted to wrap RNN, GRU, or LSTM"):
+        compiled(TensorDict(x=torch.randn(5, 3, 4), batch_size=[5]))
+
+
+def test_a_terminal_rule_in_the_middle_is_refused():
+    net = mlp()
+    explain = LRP(net, EpsilonPlus() | {"2": FlatRule()}, Target("y", 0))
+    with anchor(net, "*"):
+        compiled = by_eager(explain)
+        for td in (batch(), batch(), batch(2, 3)):
+            with pytest.raises(BadValue, match="middle of the model"):
+                compiled(td)
 
 
 def test_a_sweep_is_refused():
