@@ -53,7 +53,7 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _packed(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TensorDict:
-    names = {"_".join(join(key)): key for key in in_keys}
+    names = {"_".join(join(key)): key for key in in_keys} if kwargs else {}
     if len(args) > len(in_keys):
         raise BadType("too many tensors", got=f"{len(args)} for in_keys {in_keys}", needed=f"{len(in_keys)} at most")
     given = dict(zip(in_keys, args, strict=False))

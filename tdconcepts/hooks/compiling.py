@@ -149,7 +149,8 @@ class Compiled(TensorDictModuleBase):
     def _graph(self, keys: Any, batch: Any, device: Any, settings: dict[str, Any]) -> Callable[..., tuple[Any, ...]]:
         """The compiled function for these entries under the hooks and contexts of now."""
         hooks = tuple(itertools.chain.from_iterable(self._hooks))  # torch's numbers, each given once
-        around = tuple([run.plan for run in active()])
+        runs = active()
+        around = tuple([run.plan for run in runs]) if runs else ()
         also = _constants(settings) if settings else ()
         situation = keys, batch, device, hooks, around, also
         if situation == self._last[0]:
