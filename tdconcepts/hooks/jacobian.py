@@ -38,8 +38,9 @@ def vector_jacobian(
     each, count = seeds(values), values.shape[-1]
     step = max(1, width or count)
     if step == 1 < count and not create_graph and (neck := _neck(values, inputs)) is not None:
-        (each,) = torch.autograd.grad(values, [neck], each, retain_graph=True, is_grads_batched=True)
-        outputs = neck
+        flat, shaped = torch.autograd.grad(values, neck, each, retain_graph=True, is_grads_batched=True)
+        if torch.equal(flat.reshape(shaped.shape), shaped):  # else somebody's hook is there, which must act once
+            outputs, each = neck[1], shaped
     together: list[Tensor | None] = [None] * len(inputs)
     parts: list[Sequence[Tensor | None]] = []
     for start in range(0, count, step):
@@ -88,22 +89,25 @@ _BETWEEN = frozenset(
 )
 
 
-def _neck(values: Tensor, inputs: Sequence[Any]) -> GradientEdge | None:
-    """An edge that all of the graph goes through, with only such passes after it and no more numbers than ``inputs``.
+def _neck(values: Tensor, inputs: Sequence[Any]) -> list[GradientEdge] | None:
+    """An edge that all of the graph goes through, with only such passes after it and no more numbers than ``inputs``:
+    the last one before a view, and with it the edge after that view, where the same numbers flow.
 
     Flows of many targets are pulled back to it together, and then on one by one: a convolution is not faster together.
     """
     edges = [get_gradient_edge(one) if isinstance(one, Tensor) else one for one in inputs]
     wanted, most = {edge.node for edge in edges}, sum(map(_size, edges))
-    node, neck, matrices = values.grad_fn, None, False
+    node, number, neck, matrices = values.grad_fn, values.output_nr, None, False
     while node is not None and node not in wanted and node.name() in _MATRICES | _BETWEEN:
         rest = [GradientEdge(after, i) for after, i in node.next_functions if after is not None]
         rest = [edge for edge in rest if not _is_parameter(edge.node, wanted)] if len(rest) > 1 else rest
         if len(rest) != 1 or rest[0].node in wanted or _size(rest[0]) > most:
             break
         matrices = matrices or node.name() in _MATRICES
-        node, neck = rest[0].node, rest[0]
-    return neck if matrices else None
+        if matrices and node.name() == "ViewBackward0":
+            neck = [GradientEdge(node, number), rest[0]]
+        node, number = rest[0].node, rest[0].output_nr
+    return neck
 
 
 def _size(edge: GradientEdge) -> int:

@@ -132,7 +132,7 @@ def test_the_layers_at_the_end_are_pulled_through_together(frozen, site):
     inner = x if site is None else net[: site + 1](x)
     values = net(x) if site is None else net[site + 1 :](inner)
     wanted = [x] if site is None else [x, get_gradient_edge(inner)]
-    assert _neck(values, wanted) is not None
+    assert (_neck(values, wanted) is None) == (site is not None)
     found = vector_jacobian(values, wanted, True, False, 1, "y")
     for t in range(5):
         expected = torch.autograd.grad(net(x)[:, t].sum(), x)[0]
@@ -141,6 +141,19 @@ def test_the_layers_at_the_end_are_pulled_through_together(frozen, site):
             after = inner.detach().requires_grad_()
             torch.testing.assert_close(found[1][t], torch.autograd.grad(net[site + 1 :](after)[:, t].sum(), after)[0])
     assert found[0].movedim(0, 1).is_contiguous(), "row by row in memory"
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_hook_on_an_activation_acts_once(at):
+    net, x = image_network(), torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def of(x):
+        inner = net[: at + 1](x)
+        inner.register_hook(lambda flow: 3 * flow)
+        return net[at + 1 :](inner)
+
+    found = vector_jacobian(of(x), [x], True, False, 1, "y")[0]
+    torch.testing.assert_close(found[2], 3 * torch.autograd.grad(net(x)[:, 2].sum(), x)[0])
 
 
 def test_no_neck_where_the_graph_has_two_ways():
