@@ -29,6 +29,7 @@ _KEPT = 16  # graphs for different situations; the one that was not used for lon
 _LIBRARIES = {"torch", "tensordict", "tdconcepts", "torchrl", "numpy"} | set(sys.stdlib_module_names)
 _DEFINITIONS = (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OF_A_FUNCTION = re.compile(r"__(kw)?defaults__|__closure__|__code__|__func__")
+_GLOBAL = re.compile(r"\.\w+")
 _OF_AN_INSTANCE = re.compile(r"\.\w+\.\w")
 _OF_A_CLASS = re.compile(r"type\(([^()]+)\)")
 _ROOT = re.compile(  # of a name in the guards of torch: a global of a module that was traced
@@ -264,7 +265,7 @@ def _again(entry: Any, seen: set[str]) -> bool:
 def _is_code(entry: Any, values: dict[str, Any]) -> bool:
     """Whether a guard asks for a module, class or function of a library, or for what these hold.
 
-    What instances hold is asked for: the modes of tensordict and the contexts of this package are instances.
+    What instances hold, and switches, are not code: the modes of tensordict and the contexts of this package are such.
     """
     value, name = entry.value, entry.name
     if isinstance(value, _DEFINITIONS):
@@ -277,7 +278,8 @@ def _is_code(entry: Any, values: dict[str, Any]) -> bool:
         of = _OF_A_CLASS.search(name)
         return of_a_function and of is not None and of[1] in values and _is_ours(type(values[of[1]]).__module__)
     at_home = root["own"] in globals() if root["own"] else root["library"] is None or root["library"] in _LIBRARIES
-    return at_home and (of_a_function or _OF_AN_INSTANCE.match(root["rest"]) is None)
+    switch = (value is None or isinstance(value, bool)) and _GLOBAL.fullmatch(root["rest"])
+    return at_home and (of_a_function or not (switch or _OF_AN_INSTANCE.match(root["rest"])))
 
 
 def _is_ours(module: object) -> bool:

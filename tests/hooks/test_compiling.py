@@ -373,6 +373,31 @@ def test_the_guards_that_are_kept_are_needed(kind, monkeypatch):
     assert wrong or compiled.compilations == before
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("G['__import_tensordict_dot_utils']._lazy_legacy", None, False),
+        ("G['__import_tensordict_dot_nn_dot_utils']._skip_existing._mode", True, False),
+        ("G['__import_tdconcepts_dot_hooks_dot_contexts']._ACTIVE.runs", (), False),
+        ("G['__import_tdconcepts_dot_hooks_dot_batching']._COPIES", 7, True),
+        ("G['__import_tensordict_dot_utils']._MEMO[list(dict.keys(G['x']._MEMO))[4]]", True, True),
+        ("G['__import_torch_dot_func'].vjp.__kwdefaults__['has_aux']", False, True),
+        ("G['__import_my_dot_model'].scale", 2.0, False),
+        ("G['__import_my_dot_model'].act.__defaults__[0]", 2.0, False),
+        ("G['__import_my_dot_model'].Net", Squares, False),
+        ("G['__import_torch'].nn", torch.nn, True),
+        ("stage.module.forward.__closure__[0].cell_contents", 2.0, False),
+        ("dict(type(stage).__dict__)['forward'].__closure__[0].cell_contents", 2.0, True),
+        ("dict(type(stage.mine).__dict__)['forward'].__closure__[0].cell_contents", 2.0, False),
+        ("stage.module.training", True, False),
+        ("", None, False),
+    ],
+)
+def test_what_is_code(name, value, code):
+    entry = types.SimpleNamespace(name=name, value=value, guard_type="CONSTANT_MATCH")
+    assert compiling._is_code(entry, {"stage": nn.Linear(1, 1), "stage.mine": Squares()}) is code
+
+
 def test_most_guards_are_left_out():
     counts = []
     compiled = by_eager(LRP(mlp(), EpsilonPlusFlat(), Target("y", 0)))
