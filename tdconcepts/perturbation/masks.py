@@ -16,7 +16,7 @@ from tdconcepts.hooks.sites import Site
 from tdconcepts.keys import NestedKey, as_key, join, key_text
 from tdconcepts.perturbation.baselines import accepts
 
-__all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "keyed_groups", "mask_key", "numbered"]
+__all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "keyed_groups", "mask_key", "numbered", "once"]
 
 Mask: TypeAlias = Tensor | Callable[[torch.Size], Tensor] | NestedKey
 Masks: TypeAlias = Mask | Mapping[NestedKey, Mask] | None
@@ -144,7 +144,7 @@ def numbered(
         BadValue: a mask that does not broadcast to the row. BadKey: one that is not there.
     """
     lead = td.batch_dims
-    raw: dict[Wrt, Tensor] = {}
+    raw: dict[Wrt, tuple[Tensor, torch.Size]] = {}
     free: list[Wrt] = []
     for w, value in values.items():
         name = w.key if isinstance(w, Site) else w
@@ -160,24 +160,32 @@ def numbered(
         front = ids.shape[:lead] if keyed else (1,) * lead
         rest = ids.shape[lead:] if keyed else ids.shape
         try:
-            raw[w] = ids.long().reshape(*front, *[1] * (len(row) - len(rest)), *rest).expand(*front, *row)
+            ids = ids.long().reshape(*front, *[1] * (len(row) - len(rest)), *rest).expand(*front, *row)
+            raw[w] = once(ids), ids.shape
         except RuntimeError:
             needed = f"a shape that broadcasts to the row's {list(row)}"
             raise BadValue(f"the mask of {name!r} has another shape", got=f"{list(rest)}", needed=needed) from None
     count = 0
     found: dict[Wrt, Tensor] = {}
     if raw:
-        known = torch.cat([also.cpu(), *(ids.flatten().cpu() for ids in raw.values())])
+        known = torch.cat([also.cpu(), *(ids.flatten().cpu() for ids, _ in raw.values())])
         groups = known[known >= 0].unique()
         count = len(groups)
-        for w, ids in raw.items():
+        for w, (ids, whole) in raw.items():
             place = torch.searchsorted(groups.to(ids.device), ids.contiguous())
-            found[w] = torch.where(ids < 0, -1, place).to(values[w].device)
+            found[w] = torch.where(ids < 0, -1, place).to(values[w].device).expand(whole)
     for w in free:
         row = values[w].shape[lead:]
         found[w] = torch.arange(count, count + row.numel(), device=values[w].device).view(*[1] * lead, *row)
         count += row.numel()
     return found, count
+
+
+def once(ids: Tensor) -> Tensor:
+    """``ids`` without the copies that ``expand`` shows of it along a dim."""
+    for dim, step in enumerate(ids.stride()):
+        ids = ids.narrow(dim, 0, 1) if step == 0 and ids.shape[dim] > 1 else ids
+    return ids
 
 
 def _of(masks: Masks, name: NestedKey) -> Mask | None:

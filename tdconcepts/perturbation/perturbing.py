@@ -21,7 +21,7 @@ from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.keys import NestedKey
 from tdconcepts.perturbation.baselines import Baselines, background, check_baselines, group_of, start
 from tdconcepts.perturbation.layout import Layout
-from tdconcepts.perturbation.masks import Masks, check_masks, keyed_groups, mask_key, numbered
+from tdconcepts.perturbation.masks import Masks, check_masks, keyed_groups, mask_key, numbered, once
 
 __all__ = ["Game", "Perturbed", "Perturbing"]
 
@@ -165,14 +165,15 @@ class Game:
         self.turned = {w: not own and self.layout.takes(end) for w, end in self.ends.items()}
         for values in (self.ends, self.starts):
             values.update({w: self.layout.of(value) for w, value in values.items() if self.turned[w]})
-        self._short: dict[Wrt, tuple[Tensor, int]] = {}
+        self._short: dict[Wrt, Tensor] = {}
 
     def values(self, n: int, kept: Callable[[Tensor, Wrt], Tensor], other: Other | None = None) -> Tensor:
         """The explained numbers of ``n`` experiments, ``[n, *B]`` or ``[n, *B, T]``.
 
         Args:
             n: how many experiments; with M rows of a baseline each is M forwards, and their mean.
-            kept: for experiments ``[m]`` the elements that stay as they are, broadcast to ``[m, *B, *row]``.
+            kept: for experiments ``[m]`` the elements that stay as they are, broadcast to ``[m, *B, *row]``; where the
+                last dim is shorter each of its elements stands for as many as it takes.
             other: what stands in for the rest, ``[m, *B, *row]``; default: the baseline.
         """
         this, td, path, batch = self.owner.explaining, self.td, self.path, self.td.batch_size
@@ -196,9 +197,9 @@ class Game:
         """The explained numbers where experiments ``[m]`` keep the features ``kept(experiments)``, ``[m, count]``."""
 
         def elements(at: Tensor, w: Wrt) -> Tensor:
-            ids, run = self._runs(w)
+            ids = self._runs(w)
             stay = torch.nn.functional.pad(kept(at), (0, 1), value=True)  # -1: the elements that are never touched
-            return _repeated(stay.to(ids.device)[:, ids], run)
+            return stay.to(ids.device)[:, ids]
 
         return self.values(n, elements)
 
@@ -209,8 +210,8 @@ class Game:
         missing = missing.view(-1, *[1] * self.lead)
 
         def elements(at: Tensor, w: Wrt) -> Tensor:
-            ids, run = self._runs(w)
-            return _repeated(missing[at].to(ids.device).view(len(at), *[1] * ids.ndim) != ids, run)
+            ids = self._runs(w)
+            return missing[at].to(ids.device).view(len(at), *[1] * ids.ndim) != ids
 
         values = self.values(self.count + 1, elements, other)
         return self.spread(values[:1] - values[1:])
@@ -237,21 +238,26 @@ class Game:
         if self.count > most:
             raise BadValue(f"too many features for {what}", got=f"{self.count}", needed=f"at most {most}", fix=fix)
 
-    def _runs(self, w: Wrt) -> tuple[Tensor, int]:
-        """``ids`` without dims along which they don't change, and one for each run of equal ones along the last dim.
+    def _runs(self, w: Wrt) -> Tensor:
+        """``ids`` without dims along which they don't change, with one for each run of equal ones along the last dim.
 
         To look features up element by element takes longer than all the rest where a feature is a tile of an image.
         """
         if w not in self._short:
             ids = self.ids[w]
             masked = self.owner.mask is not None and ids.is_cpu and ids.ndim and ids.numel()
-            self._short[w] = _shortened(ids) if masked else (ids, 1)
+            self._short[w] = _shortened(ids) if masked else ids
         return self._short[w]
 
     def _lying(self, w: Wrt, kept: Callable[[Tensor, Wrt], Tensor], at: Tensor) -> Tensor:
         """The elements that stay, lying in memory as the values do."""
         stay, end = kept(at, w), self.ends[w]
-        return self.layout.turned(stay.expand(*stay.shape[:-3], *end.shape[-3:])) if self.turned[w] else stay
+        many, each = (stay.shape[-1], end.shape[-1] // max(1, stay.shape[-1])) if end.ndim else (1, 1)
+        if self.turned[w]:
+            runs = stay.unsqueeze(-1).expand(*stay.shape[:-3], *end.shape[-3:-1], many, each)
+            return runs.movedim(-4, -1).contiguous().flatten(-3, -2)
+        short = many > 1 and each > 1
+        return stay.unsqueeze(-1).expand(*stay.shape, each).flatten(-2) if short else stay
 
     def _moved(self, w: Wrt, at: Tensor, stay: Tensor, other: Other | None) -> Tensor:
         end, rows, lead, copies = self.ends[w], self.rows[w], self.lead, self.copies
@@ -292,15 +298,12 @@ class _Table:
         return found if copies == 1 else found[(at // copies - first).to(found.device)]
 
 
-def _shortened(ids: Tensor) -> tuple[Tensor, int]:
+def _shortened(ids: Tensor) -> Tensor:
+    ids = once(ids)
     for dim in range(ids.ndim):
         first = ids.narrow(dim, 0, 1)
         if bool((ids == first).all()):
             ids = first
     changes = (ids[..., 1:] != ids[..., :-1]).flatten(0, -2).any(0) if ids.ndim > 1 else ids[1:] != ids[:-1]
     run = math.gcd(ids.shape[-1], *(changes.nonzero().flatten() + 1).tolist())
-    return ids[..., ::run].contiguous(), run
-
-
-def _repeated(stay: Tensor, run: int) -> Tensor:
-    return stay if run == 1 else stay.unsqueeze(-1).expand(*stay.shape, run).flatten(-2)
+    return ids[..., ::run].contiguous()
