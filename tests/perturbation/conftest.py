@@ -42,6 +42,17 @@ def batch():
 
 
 @pytest.fixture
+def played():
+    """``played(net, td, kept)``: logit 1 for each subset ``kept [E, 4]`` of ``x``, the rest is 0; a forward each."""
+
+    def values(net, td, kept):
+        points = [torch.where(s, td["x"], 0.0) for s in torch.as_tensor(kept)]
+        return torch.stack([net(td.copy().set("x", x))["logits"][..., 1] for x in points]).detach()
+
+    return values
+
+
+@pytest.fixture
 def image_net():
     """``image [2, 6, 6] -> logits [3]``."""
     layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 16, 3)).double()

@@ -13,11 +13,6 @@ def seeded():
     return torch.Generator().manual_seed(2)
 
 
-def coalition_values(net, td, kept):
-    """The explained logit for every subset ``kept [E, 4]``, ``[E, B]``, one forward each."""
-    return torch.stack([net(td.copy().set("x", torch.where(s, td["x"], 0.0)))["logits"][:, 1] for s in kept]).detach()
-
-
 def test_all_subsets_give_the_exact_values(pair, batch):
     td = batch(3)
     exact = ShapleyExact(pair, Target("y"))(td.copy())["attribution"]
@@ -27,13 +22,13 @@ def test_all_subsets_give_the_exact_values(pair, batch):
 
 
 @pytest.mark.parametrize("n_samples", [3, 8, 13])
-def test_sampled_subsets_solve_the_regression(net, batch, n_samples):
+def test_sampled_subsets_solve_the_regression(net, batch, played, n_samples):
     """The same subsets, with the two ends at weight 1e9 in place of an exact constraint."""
     td = batch(3)
     explain = KernelShap(net, Target("logits", 1), n_samples=n_samples, generator=seeded())
     kept = KernelShap(net, Target("logits", 1), n_samples=n_samples, generator=seeded())._design(4).kept
     found = explain(td.copy())["attribution", "x"]
-    values = coalition_values(net, td, kept)
+    values = played(net, td, kept)
     torch.testing.assert_close(found.sum(-1), values[1] - values[0])
     weights = torch.tensor([1e9, 1e9] + [1.0] * n_samples, dtype=torch.float64).sqrt().unsqueeze(-1)
     design = torch.cat([torch.ones(len(kept), 1), kept], 1).double()
@@ -83,31 +78,31 @@ def test_fewer_subsets_than_features_still_sum_to_the_difference(image_net, imag
 
 
 @pytest.mark.parametrize("cls", [KernelShap, Lime])
-def test_one_feature(net, batch, cls):
+def test_one_feature(net, batch, played, cls):
     """Captum's KernelShap gives NaN probabilities."""
     td = batch(3)
     options = {} if cls is KernelShap else {"alpha": 0.0, "kernel_width": 1.0}
     explain = cls(net, Target("logits", 1), mask=torch.zeros(4, dtype=torch.long), **options)
     found = explain(td.copy())["attribution", "x"]
-    ends = coalition_values(net, td, torch.tensor([[False], [True]]).expand(2, 4))
+    ends = played(net, td, torch.tensor([[False], [True]]).expand(2, 4))
     torch.testing.assert_close(found, (ends[1] - ends[0]).unsqueeze(-1).expand(3, 4))
 
 
 @pytest.mark.parametrize(("width", "alpha"), [(0.25, 1.0), (1.0, 0.01)])
-def test_lime_is_a_weighted_ridge_regression(net, batch, width, alpha):
+def test_lime_is_a_weighted_ridge_regression(net, batch, played, width, alpha):
     ridge = pytest.importorskip("sklearn.linear_model").Ridge
     td, options = batch(3), {"n_samples": 30, "kernel_width": width, "alpha": alpha}
     found = Lime(net, Target("logits", 1), generator=seeded(), **options)(td.copy())["attribution", "x"]
     kept = Lime(net, Target("logits", 1), generator=seeded(), **options)._design(4).kept
     cosine = torch.nn.functional.cosine_similarity(kept.double(), torch.ones(1, 4).double(), dim=-1)
     weights = torch.exp(-((1 - cosine) ** 2) / (2 * width**2))
-    fit = ridge(alpha).fit(kept.double(), coalition_values(net, td, kept), sample_weight=weights.numpy())
+    fit = ridge(alpha).fit(kept.double(), played(net, td, kept), sample_weight=weights.numpy())
     torch.testing.assert_close(found, torch.tensor(fit.coef_))
 
 
 @pytest.mark.parametrize(("width", "alpha"), [(0.25, 0.001), (1.0, 0.01), (1.0, 0.0)])
 @pytest.mark.parametrize("target", [1, [1, 0]])
-def test_lime_is_a_weighted_lasso(net, batch, width, alpha, target):
+def test_lime_is_a_weighted_lasso(net, batch, played, width, alpha, target):
     linear = pytest.importorskip("sklearn.linear_model")
     td, options = batch(3), {"n_samples": 30, "kernel_width": width, "alpha": alpha, "penalty": "l1"}
     explain = Lime(net, Target("logits", target), generator=seeded(), **options)
@@ -116,7 +111,7 @@ def test_lime_is_a_weighted_lasso(net, batch, width, alpha, target):
     cosine = torch.nn.functional.cosine_similarity(kept.double(), torch.ones(1, 4).double(), dim=-1)
     weights = torch.exp(-((1 - cosine) ** 2) / (2 * width**2)).numpy()
     model = linear.Lasso(alpha, tol=1e-14, max_iter=100_000) if alpha else linear.LinearRegression()
-    values = coalition_values(net, td, kept)
+    values = played(net, td, kept)
     fits = [torch.tensor(model.fit(kept.double(), one, sample_weight=weights).coef_) for one in values.T]
     torch.testing.assert_close(found[:, 0] if isinstance(target, list) else found, torch.stack(fits))
     if alpha == 0.01:
