@@ -146,11 +146,12 @@ def check_range(labels: Tensor, low: int, high: int, what: str) -> bool:
         return True
     if not is_visible(labels):
         return False
-    lowest, highest = labels.detach().aminmax()
-    least, most = float(lowest), float(highest)
+    labels = labels.detach() if labels.requires_grad else labels
+    lowest, highest = labels.aminmax()
+    least, most = lowest.item(), highest.item()
     complete = least == least
     if not complete:
-        known = labels.detach()[~labels.isnan()]
+        known = labels[~labels.isnan()]
         if not known.numel():
             return False
         least, most = float(known.min()), float(known.max())

@@ -147,7 +147,7 @@ class GroundTruth(ConceptStage):
             value = self._written(labels, concepts)
             return value, known_places(value)
         complete = check_range(labels, 0, 1, f"the labels in {self.key!r} are no probabilities")  # one look for both
-        value = labels.to(concepts)
+        value = labels if labels.dtype is concepts.dtype and labels.device == concepts.device else labels.to(concepts)
         return value, None if complete else known_places(value)
 
     def _labels(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
