@@ -15,7 +15,7 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.keys import BASELINE, NestedKey, as_key, join, key_text
 
-__all__ = ["Baseline", "Baselines", "Blur", "Mean", "accepts", "background", "check_baselines", "group_of", "start"]
+__all__ = ["Baseline", "Baselines", "Blur", "Mean", "background", "check_baselines", "group_of", "start"]
 
 Baseline: TypeAlias = float | Tensor | NestedKey | Callable[[Tensor, int], Tensor] | None
 Baselines: TypeAlias = Baseline | TensorDictBase | Mapping[NestedKey, Baseline]

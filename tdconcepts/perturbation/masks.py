@@ -16,7 +16,7 @@ from tdconcepts.hooks.sites import Site
 from tdconcepts.keys import NestedKey, as_key, join, key_text
 from tdconcepts.perturbation.baselines import accepts
 
-__all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "keyed_groups", "mask_key", "numbered", "once"]
+__all__ = ["Along", "Grid", "Mask", "Masks", "check_masks", "keyed_groups", "mask_key", "numbered"]
 
 Mask: TypeAlias = Tensor | Callable[[torch.Size], Tensor] | NestedKey
 Masks: TypeAlias = Mask | Mapping[NestedKey, Mask] | None
