@@ -116,13 +116,12 @@ def overwrites(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
         >>> overwrites(torch.Tensor.__setitem__, {}), overwrites(torch.relu, {}), overwrites(torch.dropout_, {})
         (True, False, True)
     """
-    name = getattr(function, "__name__", "")
-    ends = name[-1:] == "_" and name[-2:] != "__"
-    return ends or is_inplace(function) or name == "__setitem__" or bool(kwargs and _in_kwargs(kwargs))
-
-
-def _in_kwargs(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("inplace") is True or kwargs.get("out") is not None
+    if kwargs and (kwargs.get("inplace") is True or kwargs.get("out") is not None):
+        return True
+    name: str = getattr(function, "__name__", "")
+    if name[-1:] != "_":
+        return False
+    return name[-2:] != "__" or name == "__setitem__" or is_inplace(function)
 
 
 def spare(*trees: Any) -> None:

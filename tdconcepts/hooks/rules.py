@@ -308,7 +308,8 @@ class _Operate:
             if any(map(depends, tensors(output))):
                 self.unknown(name)
             return output
-        refuse_mixture(run, self.how.convention, rule, name)
+        if len(active()) > 1:
+            refuse_mixture(run, self.how.convention, rule, name)
         if self.first is not None and "first layer" not in run.store and self.first[0](name):
             run.store["first layer"] = name
             rule = self.first[1]
