@@ -41,6 +41,7 @@ def vector_jacobian(
         flat, shaped = torch.autograd.grad(values, neck, each, retain_graph=True, is_grads_batched=True)
         if torch.equal(flat.reshape(shaped.shape), shaped):  # else somebody's hook is there, which must act once
             outputs, each = neck[1], shaped
+        del flat, shaped
     together: list[Tensor | None] = [None] * len(inputs)
     parts: list[Sequence[Tensor | None]] = []
     for start in range(0, count, step):
