@@ -270,6 +270,15 @@ def test_contexts_around_are_noticed(monkeypatch):
         assert same(explain) == 1
 
 
+def test_contexts_at_anchors_do_not_use_up_the_limit():
+    net = mlp()
+    compiled = by_eager(TensorDictSequential(net), recompile_limit=2)
+    with anchor(net, "0"):
+        for scale in (2.0, 3.0, 4.0):
+            with patch(net, {Site("0"): Scale(scale)}):
+                assert same(compiled) == 1
+
+
 def test_settings_of_a_stage_are_noticed():
     factors = [2.0]
     compiled = by_eager(TensorDictModule(lambda x: factors[0] * x, ["x"], ["y"]))
