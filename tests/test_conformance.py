@@ -20,6 +20,7 @@ from world import STREAM, Fuse, N, Row, World
 import tdconcepts
 from tdconcepts import anchor
 from tdconcepts.errors import TdConceptsError
+from tdconcepts.hooks import Hooked
 from tdconcepts.tunables import Tunable
 
 
@@ -414,17 +415,24 @@ def test_replaced(row):
         if not hasattr(module, "tunables"):
             assert type(module).__module__.split(".")[1] not in {"attribution", "lrp", "perturbation"}
             return
-        shared = {id(part) for part in world.model.modules()} & {id(part) for part in module.modules()}
-        same(written(module, module.replace()(world.td())), explained(row))
-        for tunable in module.tunables:
-            for value in (tunable.values()[0], tunable.values()[-1]):
-                draws = {"noise": None} if tunable.name == "n_iter" else {}  # a row's own are another number
-                with torch.random.fork_rng():
-                    found = written(module, module.replace(**{tunable.name: value}, **draws)(world.td()))
-                assert all(one is not None and one.isfinite().all() for one in found.values()), (tunable, value)
-        with pytest.raises(TdConceptsError, match="nonsense"):
-            module.replace(nonsense=1)
-        assert {id(part) for part in module.replace().modules()} >= shared
+        if not isinstance(module, Hooked):
+            check_replaced(row, module, world)
+            return
+    check_replaced(row, module, world)  # inside, what it does to the model would be done to the other's calls too
+
+
+def check_replaced(row: Row, module: Any, world: World) -> None:
+    shared = {id(part) for part in world.model.modules()} & {id(part) for part in module.modules()}
+    same(written(module, module.replace()(world.td())), explained(row))
+    for tunable in module.tunables:
+        for value in (tunable.values()[0], tunable.values()[-1]):
+            draws = {"noise": None} if tunable.name == "n_iter" else {}  # a row's own are another number
+            with torch.random.fork_rng():
+                found = written(module, module.replace(**{tunable.name: value}, **draws)(world.td()))
+            assert all(one is not None and one.isfinite().all() for one in found.values()), (tunable, value)
+    with pytest.raises(TdConceptsError, match="nonsense"):
+        module.replace(nonsense=1)
+    assert {id(part) for part in module.replace().modules()} >= shared
 
 
 # ---------------------------------------------------------------------------------------- compile

@@ -45,7 +45,8 @@ class Hooked(Replaceable, TensorDictModuleBase):
 
     Inside ``with``, direct calls of the original module on this thread obey the program's *edits* too; captures are
     written by calls of this module only. Outside ``with`` a call enters for its own time. Contexts nest, and end in any
-    order. The original is bit-identical afterwards. ``replace(module=...)`` or ``replace(program=...)`` makes another.
+    order. The original is bit-identical afterwards. ``replace(module=...)`` or ``replace(program=...)`` makes another,
+    to be entered in its place: inside it, the edits of both would act.
 
     Args:
         module: a TensorDictModule; it is used, not copied.
