@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 from tdconcepts.keys import NestedKey, as_key, as_keys, join
-from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbours
-from tdconcepts.representations.spectra import count_large, deviations, spectra
+from tdconcepts.representations.sets import SetStage, check_count, nearest, neighbours, offsets
+from tdconcepts.representations.spectra import count_large, spectra
 
 __all__ = ["CAPCA", "LocalKNN", "LocalPCA", "TwoNN", "ca_pca", "local_knn", "local_pca", "two_nn"]
 
@@ -100,10 +100,10 @@ def local_pca(x: Tensor, k: int = 20, criterion: Literal["ratio", "maxgap"] = "r
         raise BadValue("not a criterion", got=got, needed='"ratio" or "maxgap", alpha in (0, 1)')
     check_count(x, k + 1, f"{k} neighbours")
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)  # squares are in range
-    vectors = deviations(x, nearest(x, k))
+    away = offsets(x, nearest(x, k))
     if criterion == "ratio":
-        return count_large(vectors, alpha).to(x.dtype)
-    values = spectra(vectors)
+        return count_large(away, alpha).to(x.dtype)
+    values = spectra(away)
     real = values > _EXACT * values[..., :1]
     rank = real.sum(-1)
     ahead = torch.where(real[..., 1:], values[..., :-1] / torch.where(real[..., 1:], values[..., 1:], 1.0), 0.0)
@@ -144,7 +144,7 @@ def ca_pca(x: Tensor, k: int = 20) -> Tensor:
     check_count(x, k + 2, f"{k} neighbours and the next")
     far, place = neighbours(x, k + 1)
     radius = 0.5 * (far[..., -2] + far[..., -1])
-    values = spectra(deviations(x, place[..., :k])) / radius.square().unsqueeze(-1)
+    values = spectra(offsets(x, place[..., :k])) / radius.square().unsqueeze(-1)
     d = torch.arange(1, values.shape[-1] + 1, device=x.device, dtype=values.dtype)
     tail = (values.sum(-1, keepdim=True) - values.cumsum(-1)).clamp(min=0.0)  # t_d
     shift = 1.0 / (d + 2) - (3 * d + 4) / (d * (d + 4)) * tail

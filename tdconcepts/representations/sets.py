@@ -19,7 +19,7 @@ from tdconcepts.representations.reading import check_keys, features, finite
 
 __all__ = ["SetStage", "check_count", "nearest", "neighbours", "offsets", "squared"]
 
-_ELEMENTS = 2**22  # distances at once
+_ELEMENTS, _ROWS = 2**19, 64  # distances at once, which the cache still holds; rows of them at least
 
 
 class SetStage(TensorDictModuleBase):
@@ -177,7 +177,7 @@ def squared(x: Tensor, own: bool = True) -> Iterator[tuple[slice, Tensor]]:
     """
     n = x.shape[-2]
     length = x.square().sum(-1)
-    step = max(1, _ELEMENTS // max(1, length.numel()))
+    step = max(_ROWS, _ELEMENTS // max(1, length.numel()))
     for first in range(0, n, step):
         some = slice(first, min(n, first + step))
         square = ((-2.0 * x[..., some, :]) @ x.mT).add_(length[..., None, :])

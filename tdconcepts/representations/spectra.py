@@ -6,30 +6,18 @@ import torch
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
-from tdconcepts.representations.sets import offsets
 
-__all__ = ["count_large", "deviations", "spectra"]
+__all__ = ["count_large", "spectra"]
 
 _ROUNDING = 1e-6  # of float32: the error of an eigenvalue per vector and largest eigenvalue, not exceeded by far
 _LEAST = 1e-30  # too small for float32, whose squares vanish
-
-
-def deviations(x: Tensor, place: Tensor) -> Tensor:
-    r"""Vectors whose products are those of each point and its k neighbours about their mean: ``[..., N, k, F]``.
-
-    With the offsets from the point itself, :math:`d_j`, and their sum s, the squares about the mean of the k + 1 points
-    are :math:`\sum_j d_j d_j^T - s s^T / (k + 1)`: those of :math:`d_j - c s` for :math:`c = (1 - (k + 1)^{-1/2}) / k`.
-    """
-    d = offsets(x, place)
-    k = d.shape[-2]
-    return d.sub_(d.sum(-2, keepdim=True).mul_((1.0 - (k + 1) ** -0.5) / k))
 
 
 def spectra(d: Tensor) -> Tensor:
     """The eigenvalues of each neighbourhood's covariance, largest first: ``[..., N, F]``, or k where that is less.
 
     Args:
-        d: see :func:`deviations`.
+        d: what leads from each point to its k neighbours, ``[..., N, k, F]``.
 
     Raises:
         BadValue: neighbourhoods of duplicates.
@@ -51,7 +39,7 @@ def count_large(d: Tensor, alpha: float) -> Tensor:
     It is what :func:`spectra` says, in less time: float32 decides, and float64 where float32 can't be sure.
 
     Args:
-        d: see :func:`deviations`.
+        d: what leads from each point to its k neighbours, ``[..., N, k, F]``.
         alpha: a share, in (0, 1).
 
     Raises:
@@ -68,6 +56,18 @@ def count_large(d: Tensor, alpha: float) -> Tensor:
 
 
 def _eigenvalues(d: Tensor) -> Tensor:
+    r"""The squares of the k + 1 points about their mean are :math:`D^T D - s s^T / (k + 1)`, with the sum s of offsets.
+
+    Those of :math:`(1 - c\, 1 1^T) D` are the same for :math:`c = (1 - (k + 1)^{-1/2}) / k`, and its products the other
+    way round have the same eigenvalues but for zeros.
+    """
     k, width = d.shape[-2:]
-    gram = d.mT @ d if width < k else d @ d.mT  # both have the same eigenvalues but for zeros
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_(min=0.0).div_(k)
+    if width < k:
+        s = d.sum(-2)
+        products = (d.mT @ d).sub_(s.unsqueeze(-1) * (s / (k + 1)).unsqueeze(-2))
+    else:
+        products, c = d @ d.mT, (1.0 - (k + 1) ** -0.5) / k
+        s = products.sum(-1)
+        s = c * s - 0.5 * c * c * s.sum(-1, keepdim=True)
+        products.sub_(s.unsqueeze(-1)).sub_(s.unsqueeze(-2))
+    return torch.linalg.eigvalsh(products).flip(-1).clamp_(min=0.0).div_(k)

@@ -6,8 +6,8 @@ import torch
 
 from tdconcepts.errors import BadValue
 from tdconcepts.representations.dimension import local_pca
-from tdconcepts.representations.sets import nearest
-from tdconcepts.representations.spectra import count_large, deviations, spectra
+from tdconcepts.representations.sets import nearest, offsets
+from tdconcepts.representations.spectra import count_large, spectra
 
 
 def points(n=60, width=6):
@@ -19,7 +19,7 @@ def points(n=60, width=6):
 def test_they_are_the_eigenvalues_of_the_covariance(k, width):
     x = points(30, width)
     place = nearest(x, k)
-    found = spectra(deviations(x, place))
+    found = spectra(offsets(x, place))
     assert found.shape == (30, min(k, width))
     for i, row in enumerate(place):
         cov = np.cov(x[[i, *row.tolist()]].numpy().T)
@@ -31,7 +31,7 @@ def test_they_are_the_eigenvalues_of_the_covariance(k, width):
 def test_counts_are_those_of_double_precision(scale):
     """A share that lies on an eigenvalue, a hair above or below: float32 can't tell them apart."""
     x = points()
-    values = spectra(deviations(x, nearest(x, 10)))[0]
+    values = spectra(offsets(x, nearest(x, 10)))[0]
     for rank, value in enumerate(values[1:], 2):
         for nudge, count in ((1 - 1e-9, rank), (1 + 1e-9, rank - 1)):
             assert local_pca(scale * x, 10, alpha=float(value / values[0]) * nudge)[0] == count
@@ -45,7 +45,7 @@ def test_counts_where_float32_has_no_squares():
 
 def test_duplicates_are_refused():
     x = torch.cat([points(), torch.ones(12, 6).double()])
-    d = deviations(x, nearest(x, 5))
+    d = offsets(x, nearest(x, 5))
     for act in (spectra, lambda d: count_large(d, 0.05)):
         with pytest.raises(BadValue, match="12 points whose neighbours are all duplicates"):
             act(d)
