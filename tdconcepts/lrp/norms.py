@@ -47,7 +47,8 @@ class LayerNormRule(Rule):
         x = call.inputs[0]
         shape, count, weight, eps = self._layout(call, x)
         rows, dims = x.reshape(shape), tuple(range(-count, 0))
-        scale = (rows.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+        apart = rows - rows.mean(dims, keepdim=True)
+        scale = (apart.square().mean(dims, keepdim=True) + eps).rsqrt()  # var takes ten times as long
         relevance, by = call.carries_relevance, self.epsilon
 
         def formula(flow: Tensor, scale: Tensor, *kept: Tensor) -> tuple[Tensor]:
