@@ -120,11 +120,12 @@ class Move:
 
     def _unit_by_unit(self, new: Tensor, value: Tensor) -> Tensor:
         """``value`` for each experiment, with one unit of ``new`` in it: less work than a mask over all of it."""
-        dim, units, numbers = self._units  # type: ignore[misc]
+        dim, units, numbers, in_order = self._units  # type: ignore[misc]
         if units.device != value.device:
             units, numbers = units.to(value.device), numbers.to(value.device)
         rows = value.expand(self.m, *value.shape).clone()
-        rows.movedim(dim, 1)[numbers, units] = new.movedim(dim, 0)[units]
+        new = new.movedim(dim, 0)
+        rows.movedim(dim, 1)[numbers, units] = new if in_order and len(units) == len(new) else new[units]
         return rows
 
     def _made(self, edit: EditLike, value: Tensor, td: TensorDictBase) -> Tensor:
@@ -161,13 +162,14 @@ def within(value: Tensor, spans: dict[int, Any]) -> Tensor:
     return mask
 
 
-def _units(spans: dict[int, Tensor]) -> tuple[int, Tensor, Tensor] | None:
-    """The dim, the units and the numbers of the experiments, where each changes one unit."""
+def _units(spans: dict[int, Tensor]) -> tuple[int, Tensor, Tensor, bool] | None:
+    """The dim, the units, the numbers of the experiments and whether these are the units, where each changes one."""
     if len(spans) != 1:
         return None
     ((dim, span),) = spans.items()
     one_each = bool((span[:, 1] - span[:, 0] == 1).all())
-    return (dim, span[:, 0], torch.arange(len(span))) if one_each else None
+    units, numbers = span[:, 0], torch.arange(len(span), device=span.device)
+    return (dim, units, numbers, torch.equal(units, numbers)) if one_each else None
 
 
 def _stacked(edits: tuple[EditLike, ...]) -> Tensor | None:
