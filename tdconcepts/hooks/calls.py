@@ -224,7 +224,7 @@ def refuse_hidden(module: nn.Module, ruled: Iterable[tuple[str, nn.Module]]) -> 
                 "a part of the model is compiled, and rules are not seen there",
                 got=f"torch.compile({type(getattr(inner, '_orig_mod', inner)).__name__})",
                 needed="the module that was compiled",
-                fix="explain the model as it was before, then compile the explainer: torch.compile(LRP(...))",
+                fix="explain the model as it was before, then compile the explainer: Compiled(LRP(...))",
             )
         if isinstance(inner, torch.jit.ScriptModule) and inner not in hidden:
             hidden |= dict.fromkeys(list(inner.modules())[1:], inner.original_name)

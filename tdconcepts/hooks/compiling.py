@@ -49,6 +49,13 @@ class CompileOptions(TypedDict, total=False):
         dynamic: whether sizes are left open; default: from the second size on.
         options: of the backend, ``{"max_autotune": True}`` for one.
         recompile_limit: how often a graph may be compiled anew; default: 32.
+
+    Examples:
+        >>> from tensordict.nn import TensorDictModule
+        >>> options: CompileOptions = {"backend": "eager", "dynamic": True}
+        >>> net = Compiled(TensorDictModule(nn.Linear(4, 2), ["x"], ["y"]), **options)
+        >>> net(x=torch.zeros(3, 4)).shape, net(x=torch.zeros(5, 4)).shape, net.compilations
+        (torch.Size([3, 2]), torch.Size([5, 2]), 1)
     """
 
     backend: str | Callable[..., Any]
