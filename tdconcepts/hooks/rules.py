@@ -28,6 +28,7 @@ from tdconcepts.hooks.kept import Scale, overwrites, spare
 from tdconcepts.hooks.nesting import alone, overruled, refuse_mixture, yields
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.programs import Programs, _Adds
+from tdconcepts.hooks.signs import note_sign
 from tdconcepts.hooks.sites import Place, Site, places
 from tdconcepts.hooks.stages import overwrites_nothing
 from tdconcepts.hooks.wrapped import Wrapped
@@ -292,7 +293,7 @@ class _Operate:
             if name in self.covers:
                 with alone(run):
                     return self._operated(run, name, func, args, kwargs)
-        return self._operated(run, name, func, args, kwargs)
+        return note_sign(name, args, self._operated(run, name, func, args, kwargs))
 
     def _operated(self, run: Run, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         rule = self.operations.get(name)
@@ -301,7 +302,7 @@ class _Operate:
             if isinstance(output, Tensor):  # no question for a shape, but an operation
                 run.store.pop("last call", None)
             return output
-        if not any(map(depends, tensors((args, kwargs)))):
+        if not (args and depends(args[0])) and not any(map(depends, tensors((args, kwargs)))):
             return func(*args, **kwargs)
         if rule is None:
             output = func(*args, **kwargs)
@@ -331,7 +332,7 @@ class _Operate:
             args, kwargs = changed(given, Scale(self.how, seen=True))
         args, kwargs = rule.prepare(name, args, kwargs)
         output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
-        if not any(value.is_floating_point() for value in tensors(output)):
+        if not any([value.is_floating_point() for value in tensors(output)]):
             return _written(output, target)
         call = Call(name, func, args, kwargs, output, self.how)
         call.before = before

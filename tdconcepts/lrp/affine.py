@@ -93,6 +93,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.held: Tensor | None = None
+        self.views: dict[Any, Tensor] = {}
 
     def like(self, weight: Tensor) -> Tensor | None:
         """A tensor like ``weight``, good until the next call; None where fresh memory is better."""
@@ -100,8 +101,12 @@ class _Scratch(threading.local):
         if weight.device.type != "cpu" or size > self.most or not weight.is_contiguous():
             return None
         if self.held is None or self.held.numel() < size:
-            self.held = torch.empty(size, dtype=torch.uint8)
-        return self.held[:size].view(weight.dtype).view(weight.shape)
+            self.held, self.views = torch.empty(size, dtype=torch.uint8), {}
+        kind = weight.dtype, weight.shape
+        view = self.views.get(kind)
+        if view is None:
+            view = self.views[kind] = self.held[:size].view(weight.dtype).view(weight.shape)
+        return view
 
 
 _SCRATCH = _Scratch()

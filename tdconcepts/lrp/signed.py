@@ -14,6 +14,7 @@ from torch import Tensor
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks.flows import backward_by, overwritable, untransformed
 from tdconcepts.hooks.rules import Call, Rule
+from tdconcepts.hooks.signs import known_positive
 from tdconcepts.lrp.affine import Affine, affine, magnitude, positive_part
 from tdconcepts.lrp.stabilizers import Stabilizing, check_number, check_stabilizer, stabilized
 
@@ -175,7 +176,7 @@ def _by_sides(rule: AlphaBetaRule | ZPlusRule | GammaRule, call: Call, formula: 
 
 def _is_positive(x: Tensor) -> bool:
     """Whether no input is negative: one pass to see it saves passes through the weight."""
-    return untransformed(x) and (x.numel() == 0 or bool(x.detach().amin() >= 0))
+    return untransformed(x) and (known_positive(x) or x.numel() == 0 or bool(x.detach().amin() >= 0))
 
 
 def _flow(

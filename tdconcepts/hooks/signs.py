@@ -1,0 +1,50 @@
+"""What is known of the sign of a tensor because of the operation that made it, so that nobody has to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+__all__ = ["known_positive", "note_sign"]
+
+_MAKE = frozenset({"relu", "relu6", "abs", "square", "sigmoid", "softmax", "exp"})
+_KEEP = frozenset(
+    {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
+    | {"dropout", "flatten", "reshape", "view", "mean", "sum"}
+)
+_KNOWN = _MAKE | _KEEP
+
+
+def note_sign(name: str, args: tuple[Any, ...], output: Any) -> Any:
+    """An operation's output; it is remembered that no number in it is negative, if that is so whatever they are.
+
+    Args:
+        name: of the operation, as :func:`~tdconcepts.hooks.flows.operation_name` gives it.
+        args: what it was called with.
+        output: what it wrote.
+
+    Examples:
+        >>> import torch
+        >>> x = torch.randn(4).relu()
+        >>> x = note_sign("relu", (x,), x)
+        >>> known_positive(x), known_positive(x - 1), known_positive(x.sub_(1))
+        (True, False, False)
+    """
+    if name in _KNOWN and not is_compiling() and isinstance(output, Tensor) and not output.is_inference():
+        if name in _MAKE or known_positive(args[0] if args else None):
+            output._not_negative = output._version  # type: ignore[attr-defined]
+    return output
+
+
+def known_positive(value: Any) -> bool:
+    """Whether it is known that no number of a tensor is negative, and nothing was written to it since.
+
+    Examples:
+        >>> import torch
+        >>> known_positive(torch.ones(1))  # it is not negative, but nobody has said so
+        False
+    """
+    version = getattr(value, "_not_negative", None)
+    return version is not None and version == value._version
