@@ -332,7 +332,7 @@ class _Operate:
             args, kwargs = changed(given, Scale(self.how, seen=True))
         args, kwargs = rule.prepare(name, args, kwargs)
         output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
-        if not any([value.is_floating_point() for value in tensors(output)]):
+        if not any(value.is_floating_point() for value in tensors(output)):
             return _written(output, target)
         call = Call(name, func, args, kwargs, output, self.how)
         call.before = before
