@@ -101,17 +101,16 @@ def elementwise(call: Comparison, epsilon: float) -> Tensor:
     a, b, c, d = (call.constant(t) for t in (x, x0, y, y0))
     tiny = torch.finfo(y.dtype).eps ** 0.75
     if call.points is None and untransformed(a):  # the same with less memory, and a look at the numbers
-        step, size = a - b, a.abs().add_(b.abs())
+        step, size = a - b, (a + b).abs_()  # of two signs, which are never near, it is less
         size = size if call.name in _THROUGH_ZERO else size.add_(c.abs()).add_(d.abs())
         near, ratio = step.abs() <= size.mul_(tiny).clamp_(min=epsilon), (c - d).div_(step)
-        if not bool(near.any()):
-            return backward_by(_times, y, [x], ratio, keep=False)
-        ratio.masked_fill_(near, 0.0)
-    else:
-        step, size = a - b, a.abs() + b.abs()
-        size = size if call.name in _THROUGH_ZERO else size + c.abs() + d.abs()
-        near = step.abs() <= (tiny * size).clamp(min=epsilon)
-        ratio = torch.where(near, 0.0, (c - d) / torch.where(near, 1.0, step))
+        if bool(near.any()):
+            ratio = torch.where(near, call.derivative(x, near), ratio)
+        return backward_by(_times, y, [x], ratio, keep=False)
+    step, size = a - b, a.abs() + b.abs()
+    size = size if call.name in _THROUGH_ZERO else size + c.abs() + d.abs()
+    near = step.abs() <= (tiny * size).clamp(min=epsilon)
+    ratio = torch.where(near, 0.0, (c - d) / torch.where(near, 1.0, step))
     return backward_by(_times_or_gradient, y, [x, y], ratio, near, keep=False)
 
 

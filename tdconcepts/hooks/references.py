@@ -16,10 +16,12 @@ from torch.compiler import is_compiling
 from tdconcepts.errors import BadValue
 from tdconcepts.hooks.flows import backward_by, changed, is_inplace, operation_name, tensors, untransformed
 from tdconcepts.hooks.jacobian import differentiable
+from tdconcepts.hooks.kept import overwrites
 from tdconcepts.hooks.opened import OPENED, open_up
 from tdconcepts.hooks.plans import Run, Step
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.sites import Place, Site
+from tdconcepts.hooks.stages import overwrites_nothing
 from tdconcepts.hooks.watch import Pulled
 
 __all__ = ["Comparison", "References", "moves"]
@@ -60,9 +62,19 @@ class Comparison:
         """An argument, by its position or name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
+    def derivative(self, x: Tensor, where: Tensor) -> Tensor:
+        """The derivative of an elementwise function where a mask says so; after it the output has no graph any more."""
+        y = self.output
+        found = torch.autograd.grad(y, x, where.to(y.dtype), allow_unused=True)[0] if y.requires_grad else None
+        return torch.zeros_like(x) if found is None else found
+
     def constant(self, value: Tensor) -> Tensor:
         """A tensor that it was given or wrote, for use in a factor: with its true graph, if that is wanted, or none."""
         return value.detach() if self.points is None else self.points.get(id(value), value)
+
+
+class _Overwrites(BaseException):
+    """Something writes over what was to be kept without a copy; no ``Exception``, for a model's handlers to swallow."""
 
 
 class _Tape:
@@ -75,17 +87,20 @@ class _Tape:
 
     def record(self, name: str, noted: Noted) -> None:
         """Note a call."""
-        self.calls.append((name, noted if self.keep_graph else changed(noted, torch.detach)))
+        noted = noted if self.keep_graph else changed(noted, torch.detach)  # which shares the count of its versions
+        self.calls.append((name, noted, [_version(t) for t in tensors(noted)]))
 
     def next(self, name: str, output: Any) -> Noted:
         """The next call that was noted, which is the same one."""
         if self.position >= len(self.calls):
             raise _other_way(name, "nothing more")
-        found, noted = self.calls[self.position]
+        found, noted, versions = self.calls[self.position]
         now, then = ([tuple(t.shape) for t in tensors(value)] for value in (output, noted.output))
         if found != name or now != then:
             raise _other_way(f"{name} {now}", f"{found} {then}")
-        self.calls[self.position] = (found, None)  # free what it held
+        if versions != [_version(t) for t in tensors(noted)]:
+            raise _Overwrites
+        self.calls[self.position] = (found, None, None)  # free what it held
         self.position += 1
         return noted
 
@@ -137,9 +152,7 @@ class References:
     def around(self, module: nn.Module, steps: list[Step]) -> list[Step]:
         """Other steps, and the one that sees every operation."""
         whole = Place(Site("."), ".", module, "input", None, None, None, None)
-        safe = all(type(m).__module__.startswith(("torch.nn.modules.", "tensordict.")) for m in module.modules())
-        safe = safe and not any(getattr(m, "inplace", False) is True for m in module.modules())
-        return [*steps, Step(whole, _Compare(self, safe), every=True, whole=True)]
+        return [*steps, Step(whole, _Compare(self, overwrites_nothing(module)), every=True, whole=True)]
 
     def compared(
         self,
@@ -157,6 +170,14 @@ class References:
             starts: for each *wrt* its value at the reference.
             how: further arguments of the pull-back.
         """
+        try:
+            return self._compared(pullback, td, starts, **how)
+        except _Overwrites:  # what is noted is copied from now on
+            for act in pullback.plan.around:
+                act.safe = False
+            return self._compared(pullback, td, starts, **how)
+
+    def _compared(self, pullback: Pullback, td: TensorDictBase, starts: Mapping[Wrt, Tensor], **how: Any) -> Pulled:
         deep, held = how.get("create_graph", False), how.get("held")
         reference, point = _Tape(deep), _Tape(True) if deep else None
         with torch.enable_grad() if is_compiling() else differentiable():
@@ -187,6 +208,9 @@ class _Compare:
         tape: _Tape | _Meeting | None = run.store.get("points", {}).get(_TAPE)
         if tape is None:
             return func(*args, **kwargs)
+        safe = self.safe and not is_compiling()
+        if safe and overwrites(func, kwargs):
+            raise _Overwrites
         name = operation_name(func)
         formula = self.program.formulas.get(name)
         if formula is None:
@@ -197,12 +221,12 @@ class _Compare:
         if target is not None:
             kwargs = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
             args = (target.clone(), *args[1:])
-        elif not self.safe:
+        elif not safe:
             args, kwargs = changed((args, kwargs), _copied)
         output = func(*((args[0].clone(), *args[1:]) if target is not None else args), **kwargs)
         noted = Noted(args, kwargs, output)
         if isinstance(tape, _Tape):
-            aliased = not self.safe or target is not None
+            aliased = not safe or target is not None
             tape.record(name, noted._replace(output=changed(output, torch.clone)) if aliased else noted)
         else:
             compared = tape.compared(name, func, noted)
@@ -254,6 +278,10 @@ def carried(formula: Callable[[Comparison], Any], compared: Comparison) -> Any:
         return formula(compared)
     with torch._C.DisableTorchFunction():
         return formula(compared)
+
+
+def _version(value: Tensor) -> int:
+    return value._version if untransformed(value) and not value.is_inference() else -1
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts import Target
@@ -112,3 +112,26 @@ def test_what_has_no_formula_is_told_of_only_where_it_matters():
     assert pulled(lambda x: x * torch.exp(torch.ones(1)) * 0 + F.relu(x), [1.0], [-1.0]) == [[0.5]]
     aside = []
     assert pulled(lambda x: aside.append(torch.exp(x)) or F.relu(x), [1.0], [-1.0]) == [[0.5]]
+
+
+def unseen(y):
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        y.mul_(5)
+
+
+@pytest.mark.parametrize(("does", "expected"), [(lambda y: y.mul_(5), 2.5), (unseen, 0.5)])
+def test_what_seems_to_overwrite_nothing(does, expected):
+    """A hook, or a stage that is a function, may all the same: what is kept is copied then."""
+    relu = nn.ReLU()
+    relu.register_forward_hook(lambda module, args, y: does(y) and None)
+    td = TensorDict(x=torch.ones(1, 1), batch_size=[1])
+    stages = [relu, nn.Flatten(0)], [nn.ReLU(), nn.Flatten(0)]
+    for layers, second in zip(stages, [lambda y: y, lambda y: (does(y), y)[1]], strict=True):
+        stage = TensorDictModule(second, ["h"], ["y"])
+        net = TensorDictSequential(TensorDictModule(nn.Sequential(*layers), ["x"], ["h"]), stage)
+        pullback = Pullback(net, Target("y"), rules=PROGRAM)
+        for _ in range(2):
+            SEEN.clear()
+            found = PROGRAM.compared(pullback, td, {"x": -torch.ones(1, 1)}).gradients[0]
+            assert found.item() == expected
+            assert SEEN[-1][1:] == ([[1.0]], [[-1.0]], [[1.0]], [[0.0]])
