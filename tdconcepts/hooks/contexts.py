@@ -77,8 +77,12 @@ _ACTIVE = _Active()
 _LOCK = threading.Lock()
 
 
-def install(plan: Plan) -> None:
+def install(plan: Plan, standing: bool = True) -> None:
     """Put a tap on every module of the plan that has none; each :func:`install` needs one :func:`remove`.
+
+    Args:
+        plan: what happens where.
+        standing: whether direct calls of the model are to be noticed too.
 
     Raises:
         BadValue: for a compiled model without anchors.
@@ -93,13 +97,13 @@ def install(plan: Plan) -> None:
                 needed="an anchor from before compiling",
                 fix=f"anchor(model, {names[0]!r}) first, then torch.compile(model); or hook the uncompiled model",
             )
-    for module, side in plan.modules():
+    for module, side in plan.modules(standing):
         hold(module, side)
 
 
-def remove(plan: Plan) -> None:
+def remove(plan: Plan, standing: bool = True) -> None:
     """Take away the taps that nobody else holds."""
-    for module, side in plan.modules():
+    for module, side in plan.modules(standing):
         release(module, side)
 
 
@@ -151,7 +155,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     lasting = entered or len(run.plan.steps) == 0
     if not lasting:
         if not is_compiling():
-            install(run.plan)
+            install(run.plan, standing=False)
         elif not installed(run.plan):
             raise BadValue(
                 "hooks can't be installed while torch.compile traces",
@@ -173,7 +177,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     finally:
         _ACTIVE.runs = before
         if not lasting and not is_compiling():
-            remove(run.plan)
+            remove(run.plan, standing=False)
 
 
 def _joined(before: tuple[Run, ...], run: Run, entered: bool) -> tuple[Run, ...]:

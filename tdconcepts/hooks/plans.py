@@ -93,16 +93,22 @@ class Plan:
             table[step.place.module] = (*table.get(step.place.module, ()), step)
         self.names = frozenset(step.place.name for step in self.steps)
         self._tree = tuple(root.modules())
+        self._own = (*[(module, "output") for module in self.outputs], *[(module, "input") for module in self.inputs])
+        self._taps = (*self._own, *self._standing())
 
     def deaf(self) -> set[nn.Module]:
         """The modules inside a compiled one, where torch ignores hooks that come later."""
-        return {inner for module in self._tree if is_compiled(module) for inner in module.modules()}
+        compiled = [module for module in self._tree if is_compiled(module)]
+        return {inner for module in compiled for inner in module.modules()} if compiled else set()
 
-    def modules(self) -> Iterator[tuple[nn.Module, str]]:
-        yield from ((module, "output") for module in self.outputs)
-        yield from ((module, "input") for module in self.inputs if module is not self.root)
+    def modules(self, standing: bool = True) -> tuple[tuple[nn.Module, str], ...]:
+        """The sides of modules that need a tap: for a run of one call, or for one that stands until a context ends."""
+        return self._taps if standing else self._own
+
+    def _standing(self) -> Iterator[tuple[nn.Module, str]]:
         if self.steps or self.only_through or self.sees_functions:
-            yield self.root, "input"  # where a standing run learns that the model is called anew,
+            if self.root not in self.inputs:
+                yield self.root, "input"  # where a standing run learns that the model is called anew,
             if self.root not in self.outputs:
                 yield self.root, "output"  # and that the call has ended
 

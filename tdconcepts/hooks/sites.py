@@ -216,7 +216,7 @@ def _each_entry(site: Site, module: nn.Module) -> list[Site]:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module`` is what ``torch.compile(model)`` or ``Compiled`` gave, or has had its ``compile()`` called."""
-    ours = getattr(module, "_compiles_inside", False)
+    ours = getattr(type(module), "_compiles_inside", False)
     return ours or "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
