@@ -143,17 +143,20 @@ def pieces_of(
     memory is bounded. One index of the first batch dim is cut only by a ``chunk_size``, and never where a recurrent
     layer reads the dims after it as time. Who cuts has refused layers that mix rows: see ``check_norms``.
     """
-    if not td.batch_size.numel() or not td.batch_dims or (chunk_size is not None and chunk_size >= td.numel()):
+    batch = td.batch_size
+    rows = batch.numel()
+    if not rows or not batch or (chunk_size is not None and chunk_size >= rows):
         return None
-    whole = td.numel() // td.batch_size[0]
+    whole = rows // batch[0]
     if chunk_size is not None:
         recurrent = chunk_size < whole and any(isinstance(one, nn.RNNBase) for one in module.modules())
         return whole if recurrent else chunk_size
     if is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return None
+    if rows <= _PIECE_ROWS:
+        return None
     size, scale = _elements(td, keys, wide)
-    rows = td.numel()
-    if size <= scale * _LARGE or rows <= _PIECE_ROWS:
+    if size <= scale * _LARGE:
         return None
     return max(_PIECE_ROWS, scale * _COPIES * rows // size, whole)
 
@@ -293,9 +296,17 @@ def usable(value: Any) -> Any:
 
 def dense(td: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDict:
     """A new TensorDict with the entries ``keys`` of ``td`` that are there, the same tensors under the same batch."""
+    found = {key: usable(value) for key in keys if (value := td.get(key)) is not None}
+    if not is_compiling() and all(
+        map(_is_plain_tensor, found, found.values())
+    ):  # of one batch and device, as they were in `td`
+        plain: TensorDict = TensorDict._new_unsafe(source=found, batch_size=td.batch_size, device=td.device)
+        return plain
     new = TensorDict({}, batch_size=td.batch_size, device=td.device)
-    for key in keys:
-        value = td.get(key)
-        if value is not None:
-            new.set(key, usable(value))
+    for key, value in found.items():
+        new.set(key, value)
     return new
+
+
+def _is_plain_tensor(key: NestedKey, value: Any) -> bool:
+    return isinstance(key, str) and type(value) is Tensor

@@ -233,9 +233,13 @@ def acted_on(modules: list[Any]) -> bool:
     """Whether calling one of ``modules`` does more than its forward: hooks of others, or steps of a run."""
     if not modules:
         return False
-    if any(is_watched(module) for module in modules):
-        return True
-    return any(module in run.plan.outputs or module in run.plan.inputs for run in _ACTIVE.runs for module in modules)
+    for module in modules:
+        if is_watched(module):
+            return True
+        for run in _ACTIVE.runs:
+            if module in run.plan.outputs or module in run.plan.inputs:
+                return True
+    return False
 
 
 def outside(run: Run, function: Callable[..., Any], *args: Any) -> Any:

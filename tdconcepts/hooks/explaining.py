@@ -132,7 +132,8 @@ class Explaining:
     def check(self, td: TensorDictBase) -> None:
         """Raise, before anything is computed, for what can't be explained row by row."""
         check_td(td)
-        check_norms(self._norms, "rows")
+        if self._norms:
+            check_norms(self._norms, "rows")
         self._check_room(td)
         finite(td, self.entries, self.check_finite)
 
@@ -185,6 +186,8 @@ class Explaining:
         """How many targets are pulled back at once, with so many copies of the batch in flight: what ``chunk_size``
         leaves, or a choice. Few are faster one by one.
         """
+        if self.pullback.target.is_one:
+            return 1
         width = max(1, self.rows(td, self.in_keys) // max(1, copies * td.numel()))
         return width if self.chunk_size is not None or width >= _FEW else 1
 

@@ -192,6 +192,8 @@ def _overwrites_nothing(module: nn.Module) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody hangs hooks on the container itself, which running its stages would pass by."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(not getattr(hook, "inert", False) for hook in hooks)
 

@@ -98,6 +98,8 @@ class Target:
             )
         if self.by is not None:
             return self._by(value, td, lead), False
+        if type(self.select) is int and value.ndim == lead + 1 and -value.shape[-1] <= self.select < value.shape[-1]:
+            return value.select(lead, self.select), False
         if isinstance(self.select, (list, range)):
             together = self._together(value, lead)
             if together is None:
@@ -130,6 +132,11 @@ class Target:
     def moves(self) -> bool:
         """Whether the selection depends on the value itself, so that a path or a noise could change it."""
         return isinstance(self.select, str) or (isinstance(self.select, list) and "argmax" in self.select)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is known beforehand to be one target, not several at once."""
+        return self.select is None or isinstance(self.select, (int, str))
 
     def hold(self, value: Tensor, lead: int) -> Tensor:
         """The index ``[*B]`` that ``"argmax"`` chooses at ``value``."""

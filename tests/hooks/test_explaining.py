@@ -76,10 +76,11 @@ def test_chunks_are_put_together_again(chunk_size, shape, held):
 
 
 def test_targets_at_once():
-    td = batch()
-    assert [explaining(chunk_size=c).width(td) for c in (None, 1, 5, 11, 64)] == [3276, 1, 1, 2, 12]
-    assert explaining(chunk_size=3).width(batch(1)[0]) == 3
-    assert explaining(chunk_size=3).width(batch()[:0]) == 3
+    td, both = batch(), Target("y", [0, 1])
+    assert [explaining(None, both, chunk_size=c).width(td) for c in (None, 1, 5, 11, 64)] == [3276, 1, 1, 2, 12]
+    assert explaining(None, both, chunk_size=3).width(batch(1)[0]) == 3
+    assert explaining(None, both, chunk_size=3).width(batch()[:0]) == 3
+    assert explaining(chunk_size=64).width(td) == 1, "of one there is nothing to choose"
 
 
 def test_outputs_of_the_module():
