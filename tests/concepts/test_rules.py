@@ -71,6 +71,37 @@ def test_certain_roles_give_the_same_by_products_and_by_logarithms():
     assert set(hard.detach().unique().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (0,), ()])
+@pytest.mark.parametrize("kind", ["soft", "argmax"])
+def test_rows_in_parts_give_the_same_as_all_at_once(monkeypatch, kind, shape):
+    """Also the gradients, where concepts are 0 or 1 and a rule says the contrary."""
+    model = set_roles(rules(roles=kind), [["+-0", "000"], ["++-", "-0+"]])
+    model.memory.data.mul_(torch.rand(model.memory.shape) < 0.5)  # some roles are certain, others are not
+    c, selection = torch.rand(*shape, 3).double().requires_grad_(), torch.rand(*shape, 2, 2).double()
+    c.data[..., 0], c.data[..., 1] = 0, 1
+    found = []
+    for factors in (2**18, 24, 1):  # all at once, two rows, one
+        monkeypatch.setattr("tdconcepts.concepts.rules._FACTORS", factors)
+        truth, probs = model(c, selection)
+        assert truth.shape == (*shape, 2, 2)
+        found.append((truth, probs, *torch.autograd.grad((truth.exp().sum(-1) * probs).sum(), [c, model.memory])))
+    w = model.roles().detach()
+    slow = (w[..., 2] + c[..., None, None, :] * w[..., 0] + (1 - c[..., None, None, :]) * w[..., 1]).prod(-1)
+    torch.testing.assert_close(found[0][0], slow)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_rules_that_hold_nowhere_are_zero_by_logarithms(dtype):
+    model = set_roles(rules(400, 1, 2, roles="argmax"), [["+-" * 200, "-0" * 200]]).to(dtype)
+    concepts = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]).repeat(1, 200).to(dtype)
+    with torch.no_grad():
+        truth, _ = model(concepts, torch.ones(3, 1, 2, dtype=dtype))
+    expected = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]], dtype=dtype)
+    torch.testing.assert_close(truth[:, 0], expected, atol=1e-30, rtol=0)
+
+
 def test_argmax_roles_have_the_gradient_of_the_soft_ones():
     model = rules(roles="argmax")
     pull = torch.randn(2, 2, 3, 3).double()
