@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -294,19 +294,30 @@ def usable(value: Any) -> Any:
     return value.clone() if frozen else value
 
 
-def dense(td: TensorDictBase, keys: Iterable[NestedKey]) -> TensorDict:
-    """A new TensorDict with the entries ``keys`` of ``td`` that are there, the same tensors under the same batch."""
-    found = {key: usable(value) for key in keys if (value := td.get(key)) is not None}
-    if not is_compiling() and all(
-        map(_is_plain_tensor, found, found.values())
-    ):  # of one batch and device, as they were in `td`
-        plain: TensorDict = TensorDict._new_unsafe(source=found, batch_size=td.batch_size, device=td.device)
+def dense(td: TensorDictBase, keys: Iterable[NestedKey], given: Mapping[Any, Tensor] | None = None) -> TensorDict:
+    """A new TensorDict with the entries ``keys`` of ``td`` that are there, the same tensors under the same batch.
+
+    Args:
+        td: where they are.
+        keys: their keys.
+        given: entries to put in, among them some in the place of those.
+    """
+    found: dict[Any, Any] = {}
+    batch, device, whole = td.batch_size, td.device, is_compiling()
+    for key in keys:
+        if (given is None or key not in given) and (value := td.get(key)) is not None:
+            found[key] = value = usable(value)
+            whole = whole or type(value) is not Tensor or type(key) is not str
+    for key, value in (given or {}).items():
+        found[key] = value
+        fits = (
+            type(value) is Tensor and value.shape[: len(batch)] == batch and (device is None or value.device == device)
+        )
+        whole = whole or type(key) is not str or not fits
+    if not whole:  # nothing that tensordict would have to check or to change
+        plain: TensorDict = TensorDict._new_unsafe(source=found, batch_size=batch, device=device)
         return plain
-    new = TensorDict({}, batch_size=td.batch_size, device=td.device)
+    new = TensorDict({}, batch_size=batch, device=device)
     for key, value in found.items():
         new.set(key, value)
     return new
-
-
-def _is_plain_tensor(key: NestedKey, value: Any) -> bool:
-    return isinstance(key, str) and type(value) is Tensor

@@ -256,7 +256,7 @@ def outside(run: Run, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _tap(hooks: dict[int, Any]) -> _Tap | None:
-    for hook in hooks.values():
+    for hook in hooks.values() if hooks else ():
         if isinstance(hook, _Tap):
             return hook
     return None

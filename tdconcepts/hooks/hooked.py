@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, set_skip_existing
 
 from tdconcepts.errors import BadType, BadValue
@@ -168,7 +168,7 @@ def check_td(td: object) -> None:
         ...
         tdconcepts.errors.BadValue: the TensorDict is locked...
     """
-    if not isinstance(td, TensorDictBase):
+    if type(td) is not TensorDict and not isinstance(td, TensorDictBase):
         raise BadType(
             "not a TensorDict",
             got=type(td).__name__,

@@ -93,12 +93,14 @@ class Plan:
             table[step.place.module] = (*table.get(step.place.module, ()), step)
         self.names = frozenset(step.place.name for step in self.steps)
         self._tree = tuple(root.modules())
+        self._compiled = [module for module in self._tree if is_compiled(module)]  # and those that will be later
         self._own = (*[(module, "output") for module in self.outputs], *[(module, "input") for module in self.inputs])
         self._taps = (*self._own, *self._standing())
 
     def deaf(self) -> set[nn.Module]:
         """The modules inside a compiled one, where torch ignores hooks that come later."""
-        compiled = [module for module in self._tree if is_compiled(module)]
+        compiled = [module for module in self._tree if module._compiled_call_impl is not None]
+        compiled += self._compiled
         return {inner for module in compiled for inner in module.modules()} if compiled else set()
 
     def modules(self, standing: bool = True) -> tuple[tuple[nn.Module, str], ...]:

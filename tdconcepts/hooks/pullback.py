@@ -72,7 +72,7 @@ class Pullback:
             raise BadType(
                 "not a Target", got=repr(target), needed="a Target", fix=f"Target({list(module.out_keys)[-1]!r}, ...)"
             )
-        self.target = target
+        self.target, self._name = target, getattr(target, "name", "")
         self.wrt = self._checked_wrt(wrt)
         self._entries = [key for key in self.wrt if not isinstance(key, Site) and key in module.in_keys]
         self._places = {w: self._one_place(w) for w in self.wrt if w not in self._entries}
@@ -152,11 +152,8 @@ class Pullback:
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
         with differentiable():
-            work = dense(td, [key for key in self.reads(td) if key not in self._entries])
-            leaves: dict[Wrt, Tensor] = {}
-            for key in self._entries:
-                leaves[key] = leaf = new_leaf(points[key] if key in points else td.get(key), create_graph)
-                work.set(key, leaf)
+            leaves = {k: new_leaf(points[k] if k in points else td.get(k), create_graph) for k in self._entries}
+            work = dense(td, self.reads(td), leaves)
             run = Run(self.plan, work, owner)
             run.store["points"] = points
             run.store["unchanged"] = snapshot and self._unchanged and not create_graph
@@ -169,7 +166,7 @@ class Pullback:
                 self._unchanged = False  # something does, and the values at sites are to be copied
                 how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
                 return self(td, points, **how, owner=owner)
-            found = vector_jacobian(values, [s.handle for s in seen], several, create_graph, width, self.target.name)
+            found = vector_jacobian(values, [s.handle for s in seen], several, create_graph, width, self._name)
             gradients, where = [], []
             for w, gradient, one in zip(self.wrt, found, seen, strict=True):
                 gradients.append(self._shaped(w, gradient, one, values, td, several))
@@ -251,7 +248,7 @@ class Pullback:
                 raise BadKey(
                     f"the module did not write {key_text(self.target.of)}", got=f"{list(work.keys(True, True))}"
                 )
-            if isinstance(value, TensorDictBase):  # TensorDictModule makes one of a dict without an entry of that name
+            if not isinstance(value, Tensor) and isinstance(value, TensorDictBase):  # made of a dict without that name
                 names = list(value.keys(True, True))
                 got, fix = f"entries {names}", f"TensorDictModule(..., out_keys={names})" if names else None
                 raise BadKey(f"{key_text(self.target.of)} is a group of entries", got=got, needed="an entry", fix=fix)
@@ -321,7 +318,7 @@ class Pullback:
         self, w: Wrt, gradient: Tensor | None, seen: Seen, values: Tensor, td: TensorDictBase, several: bool
     ) -> Tensor:
         """A raw gradient ``[T?, ...]`` in its final shape ``[*B, T?, ...]``; zeros where it does not matter."""
-        batch, lead = td.batch_size, td.batch_dims
+        lead = len(batch := td.batch_size)
         if gradient is None:
             shape = ((values.shape[-1],) if several else ()) + seen.value.shape
             gradient = torch.zeros(shape, dtype=seen.value.dtype, device=seen.value.device)
@@ -338,8 +335,9 @@ class Pullback:
         """Where the gradient was taken, ``[*B, ...]``."""
         if w not in self._places:
             return seen.value
-        value = seen.value if seen.mapped is None else seen.value.movedim(seen.mapped, td.batch_dims)
-        return self._picked(w, align(settle(value, td.batch_size), td.batch_size, str(w)), td.batch_dims)
+        batch = td.batch_size
+        value = seen.value if seen.mapped is None else seen.value.movedim(seen.mapped, len(batch))
+        return self._picked(w, align(settle(value, batch), batch, str(w)), len(batch))
 
     def _picked(self, w: Wrt, value: Tensor, lead: int) -> Tensor:
         return pick(value, w.index, lead) if isinstance(w, Site) else value

@@ -79,7 +79,7 @@ class Site:
         object.__setattr__(self, "path", self.path or _ROOT)
 
     def __hash__(self) -> int:  # slices and lists have no hash
-        return hash(str(self))
+        return hash((self.path, self.side, self.call))
 
     def __str__(self) -> str:
         leaf = (
