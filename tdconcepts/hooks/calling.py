@@ -45,29 +45,44 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         if "tensordict" in kwargs and not args:
             return forward(self, kwargs.pop("tensordict"), **kwargs)
-        out = forward(self, _packed(list(self.in_keys), args, kwargs))
+        out = forward(self, packed(*given(self.in_keys, args, kwargs)))
         found = tuple(out.get(key) for key in self.out_keys)
         return found[0] if len(found) == 1 else found
 
     return call
 
 
-def _packed(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> TensorDict:
+def given(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[Any, Any], torch.Size]:
+    """The entries that a call with tensors gives, and their batch size, as :func:`dispatch_rows` takes them.
+
+    Args:
+        in_keys: the entries, in the order in which they may be given without a name.
+        args: what was given so.
+        kwargs: what was given by name.
+
+    Raises:
+        BadType: too many tensors, or one given twice. BadKey: a name that is none.
+    """
     names = {"_".join(join(key)): key for key in in_keys} if kwargs else {}
     if len(args) > len(in_keys):
         raise BadType("too many tensors", got=f"{len(args)} for in_keys {in_keys}", needed=f"{len(in_keys)} at most")
-    given = dict(zip(in_keys, args, strict=False))
+    found = dict(zip(in_keys, args, strict=False))
     for name, value in kwargs.items():
         if name not in names:
             raise BadKey(f"no input {name!r}", got=name, needed=nearest(name, list(names)))
-        if names[name] in given:
+        if names[name] in found:
             raise BadType(f"the input {name!r} is given twice", needed="by position or by name")
-        given[names[name]] = value
-    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        found[names[name]] = value
+    tensors = [value for value in found.values() if isinstance(value, Tensor)]
     first = {value.shape[:1] for value in tensors}
-    batched = len(first) == 1 and any(value.ndim > 1 for value in tensors)
-    td = TensorDict({}, batch_size=first.pop() if batched else torch.Size([]))
-    for key, value in given.items():
+    batched = len(first) == 1 and any([value.ndim > 1 for value in tensors])  # noqa: C419 - faster
+    return found, first.pop() if batched else torch.Size([])
+
+
+def packed(entries: dict[Any, Any], batch_size: torch.Size) -> TensorDict:
+    """A TensorDict of these entries."""
+    td = TensorDict({}, batch_size=batch_size)
+    for key, value in entries.items():
         td.set(key, value)
     return td
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadType, BadValue, TdConceptsError, nearest
-from tdconcepts.hooks.calling import dispatch_rows, explained
+from tdconcepts.hooks.calling import explained, given, packed
 from tdconcepts.hooks.contexts import active
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.stages import check_module
@@ -128,31 +128,63 @@ class Compiled(TensorDictModuleBase):
         self._met: list[nn.Module] = []
         self._listen()
 
-    @dispatch_rows
-    def forward(self, tensordict: TensorDictBase, **settings: Any) -> TensorDictBase:
-        """Run the stage once; ``settings`` are keyword arguments of its ``forward``, constants in the graph."""
-        if is_compiling() or torch._C._functorch.maybe_current_level() is not None or skip_existing():
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the stage once: ``forward(tensordict, **settings)``, or on tensors as any stage of this package.
+
+        ``settings`` are keyword arguments of the stage's ``forward``, constants in the graph. Tensors come without
+        names in the order of ``in_keys``, or by name, and go without a TensorDict around them.
+        """
+        if not (args and isinstance(args[0], Tensor)) and (args or "tensordict" in kwargs):
+            return self._on_entries(*args, **kwargs)
+        entries, size = given(self.in_keys, args, kwargs)
+        if self._steps_back():
+            out = self.stage(packed(entries, size))
+            found = tuple([out.get(key) for key in self._writes])
+        else:
+            keys, tensors = tuple(entries), list(entries.values())
+            batch = len(size) if tensors else size
+            found = self._found(keys, tensors, batch, None, {}, lambda: packed(entries, size))
+        return found[0] if len(found) == 1 else found
+
+    def _on_entries(self, tensordict: TensorDictBase, **settings: Any) -> TensorDictBase:
+        if self._steps_back():
             return self.stage(tensordict, **settings)
         check_td(tensordict)
-        keys = self._reads
-        tensors = [tensordict.get(key, None) for key in keys]
-        apart = torch.is_inference_mode_enabled()
-        if apart or not all(isinstance(value, Tensor) and not value.is_inference() for value in tensors):
-            keys, tensors = _tensors(keys, tensors)
+        tensors = [tensordict.get(key, None) for key in self._reads]
         batch = tensordict.batch_dims if tensors else tensordict.batch_size
-        graph = self._graph(keys, batch, tensordict.device, settings)
-        if not self._last[2]:
-            self._look(tensordict, settings)
-        try:
-            found = _outside(graph, tensors) if apart else graph(*tensors)
-        except Exception as error:
-            raise self._reason(error, tensordict, settings) from error
+        found = self._found(self._reads, tensors, batch, tensordict.device, settings, lambda: tensordict)
         for key, value in zip(self._writes, found, strict=True):
             if value is not None:
                 tensordict.set(key, value)
+        return tensordict
+
+    def _steps_back(self) -> bool:
+        """Whether the stage itself is to run: something else compiles or transforms it, or steers its keys."""
+        return is_compiling() or torch._C._functorch.maybe_current_level() is not None or skip_existing()
+
+    def _found(
+        self,
+        keys: tuple[NestedKey, ...],
+        tensors: list[Any],
+        batch: Any,
+        device: Any,
+        settings: dict[str, Any],
+        whole: Callable[[], TensorDictBase],
+    ) -> tuple[Any, ...]:
+        """What the graph makes of the entries ``keys``; ``whole`` gives the TensorDict, for a look at it and errors."""
+        apart = torch.is_inference_mode_enabled()
+        if apart or not all([isinstance(value, Tensor) and not value.is_inference() for value in tensors]):  # noqa: C419
+            keys, tensors = _tensors(keys, tensors)
+        graph = self._graph(keys, batch, device, settings)
+        if not self._last[2]:
+            self._look(whole(), settings)
+        try:
+            found = _outside(graph, tensors) if apart else graph(*tensors)
+        except Exception as error:
+            raise self._reason(error, whole(), settings) from error
         if self._met:
             self._listen()
-        return tensordict
+        return found
 
     def _graph(self, keys: Any, batch: Any, device: Any, settings: dict[str, Any]) -> Callable[..., tuple[Any, ...]]:
         """The compiled function for these entries under the hooks and contexts of now."""

@@ -464,11 +464,16 @@ def test_it_is_called_as_the_stage_is():
     x = torch.randn(5, 4)
     for mine, theirs in zip(compiled(x), compiled.stage(x), strict=True):
         torch.testing.assert_close(mine, theirs)
+    for mine, theirs in zip(compiled(x=x[0]), compiled.stage(x[0]), strict=True):  # one row, by name
+        torch.testing.assert_close(mine, theirs)
+    made = compiled.compilations
     td = batch()
     assert compiled(td) is td
+    assert compiled.compilations == made  # tensors and entries share their graphs
     assert compiled(tensordict=td) is td
     compiled.select_out_keys("y")
     assert set(compiled(batch()).keys()) == {"x", "y"}
+    torch.testing.assert_close(compiled(x), compiled.stage(x)[list(compiled.stage.out_keys).index("y")])
     compiled.reset_out_keys()
     assert "h" in TensorDictSequential(compiled)(batch())
     locked = batch().lock_()
