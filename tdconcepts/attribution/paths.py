@@ -17,6 +17,7 @@ from tdconcepts.hooks.batching import expand, gather, groups, spread
 from tdconcepts.hooks.explaining import Explaining
 from tdconcepts.hooks.leaves import pick
 from tdconcepts.hooks.pullback import Pullback, Wrt
+from tdconcepts.hooks.sums import PathSum, traced
 from tdconcepts.keys import BASELINE, CONVERGENCE_DELTA, NestedKey, as_key, join, key_text
 from tdconcepts.tunables import Replaceable, Tunable
 
@@ -152,23 +153,17 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
 
     def _along(self, path: Pullback, td: TensorDictBase, held: Tensor | None) -> dict[NestedKey, Tensor]:
         """One path: the points on it as rows of one batch, within the chunk, and their weighted sum."""
-        this, batch, lead = self._explaining, td.batch_size, td.batch_dims
+        this, lead = self._explaining, td.batch_dims
         ends, starts = self._ends(path, td)
         steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
-        totals: dict[Wrt, Tensor] = {}
         rows = this.rows(td, path.in_keys, ends.values(), kept=True)
-        others = [key for key in path.reads(td) if key not in path.wrt]
+        behind = not (path.is_inner or this.create_graph or traced())
+        total = PathSum(self.module, [ends[w].shape for w in path.wrt], rows) if behind else None
+        sums: list[Tensor] = []
         for group in this.tracked(groups(self.n_steps, rows, td.numel()), "path"):
-            n, some = len(group), slice(group.start, group.stop)
-            many = expand(td, n, others)
-            points = {w: spread(self._points(starts[w], steps[w], some), n, batch) for w in path.wrt}
-            kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
-            pulled = path(many, points, create_graph=this.create_graph, held=kept, width=this.width(td, n))
-            for w, gradient in zip(path.wrt, pulled.gradients, strict=True):
-                each = gather(gradient, n, batch)
-                weights = _cut(self._rule_as(each.dtype, each.device)[1], some)
-                part = torch.tensordot(weights, each.to(weights.dtype), 1)
-                totals[w] = part if w not in totals else totals[w] + part
+            parts = self._some(path, td, slice(group.start, group.stop), starts, steps, held, total)
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        totals = dict(zip(path.wrt, sums if total is None else total.result(lead), strict=True))
         steps = {w: pick(step, w.index, lead) if isinstance(w, Site) else step for w, step in steps.items()}
         several = any(totals[w].ndim > steps[w].ndim for w in path.wrt)
         found = {
@@ -179,6 +174,31 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         if self._delta:
             results[_delta_key(path.wrt)] = self._convergence(path, td, ends, starts, found, held)
         return results
+
+    def _some(
+        self,
+        path: Pullback,
+        td: TensorDictBase,
+        some: slice,
+        starts: dict[Wrt, Tensor | None],
+        steps: dict[Wrt, Tensor],
+        held: Tensor | None,
+        total: PathSum | None,
+    ) -> list[Tensor]:
+        """What some points of the path add to the sums: given back, or added to ``total``. Nothing else remains."""
+        n, batch = some.stop - some.start, td.batch_size
+        many = expand(td, n, [key for key in path.reads(td) if key not in path.wrt])
+        points = {w: spread(self._points(starts[w], steps[w], some), n, batch) for w in path.wrt}
+        kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
+        if total is not None:
+            total.of(lambda dtype, device: _cut(self._rule_as(dtype, device)[1], some))
+        width = self._explaining.width(td, n)
+        pulled = path(many, points, create_graph=self._explaining.create_graph, held=kept, width=width, onto=total)
+        parts = []
+        for gradient in pulled.gradients:
+            weights = _cut(self._rule_as(gradient.dtype, gradient.device)[1], some)
+            parts.append(torch.tensordot(weights, gather(gradient, n, batch).to(weights.dtype), 1))
+        return parts
 
     def _rule_as(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """The points as tensors of a dtype, and the weights in float32 at least."""
@@ -192,8 +212,8 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
 
     def _points(self, start: Tensor | None, step: Tensor, some: slice) -> Tensor:
         alphas = _cut(self._rule_as(step.dtype, step.device)[0], some)
-        moved = alphas.view(-1, *[1] * step.ndim) * step
-        return moved if start is None else start + moved
+        alphas = alphas.view(-1, *[1] * step.ndim)
+        return alphas * step if start is None else torch.addcmul(start, alphas, step)
 
     def _convergence(
         self,

@@ -17,9 +17,17 @@ __all__ = ["differentiable", "new_leaf", "seeds", "tangent", "vector_jacobian"]
 
 
 def vector_jacobian(
-    values: Tensor, inputs: Sequence[Any], several: bool, create_graph: bool, width: int | None, name: str
+    values: Tensor,
+    inputs: Sequence[Any],
+    several: bool,
+    create_graph: bool,
+    width: int | None,
+    name: str,
+    take: Callable[[int, slice, Tensor], None] | None = None,
 ) -> list[Tensor | None]:
     """Gradients of ``values`` (``[*B]``, or ``[*B, T]``: then with T in front) with respect to tensors or graph edges.
+
+    With ``take`` they are not collected: it gets the number of an input, which targets, and their gradients.
 
     Raises:
         BadValue: when ``values`` has no graph.
@@ -33,7 +41,10 @@ def vector_jacobian(
         )
     if not several:
         seed = torch.ones_like(values)
-        return list(torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True))
+        found = torch.autograd.grad(values, inputs, seed, create_graph=create_graph, allow_unused=True)
+        if take is None:
+            return list(found)
+        return _given(take, slice(0, 1), found, 1)
     outputs: Tensor | GradientEdge = values
     each, count = seeds(values), values.shape[-1]
     step = max(1, width or count)
@@ -55,7 +66,9 @@ def vector_jacobian(
             allow_unused=True,
             is_grads_batched=step > 1,
         )
-        if create_graph or stop - start == count:
+        if take is not None:
+            _given(take, slice(start, stop), found, step)
+        elif create_graph or stop - start == count:
             parts.append(found if step > 1 else [None if g is None else g.unsqueeze(0) for g in found])
         else:
             at = start if step == 1 else slice(start, stop)
@@ -66,6 +79,15 @@ def vector_jacobian(
         None if piece[0] is None else torch.cat(piece) if len(piece) > 1 else piece[0]
         for piece in zip(*parts, strict=True)
     ]
+
+
+def _given(
+    take: Callable[[int, slice, Tensor], None], targets: slice, found: Sequence[Tensor | None], step: int
+) -> list[Tensor | None]:
+    for i, gradient in enumerate(found):
+        if gradient is not None:
+            take(i, targets, gradient if step > 1 else gradient.unsqueeze(0))
+    return []
 
 
 def _put(piece: Tensor | None, many: Tensor | None, at: int | slice, values: Tensor) -> Tensor | None:

@@ -21,6 +21,7 @@ from tdconcepts.hooks.plain import call_stage
 from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
 from tdconcepts.hooks.sites import Place, Site
 from tdconcepts.hooks.stages import check_module, containers, needed, overlap, overwrites_nothing
+from tdconcepts.hooks.sums import PathSum
 from tdconcepts.hooks.targets import Target
 from tdconcepts.hooks.watch import Pulled, Read, Seen, Watch, settle
 from tdconcepts.keys import NestedKey, as_key, key_text
@@ -131,6 +132,7 @@ class Pullback:
         held: Tensor | None = None,
         width: int | None = None,
         owner: object = None,
+        onto: PathSum | None = None,
     ) -> Pulled:
         """Run the module once and pull the target back.
 
@@ -142,6 +144,7 @@ class Pullback:
             held: what :meth:`hold` gave.
             width: how many targets are pulled back at once; default: all.
             owner: whose standing run this one stands in for.
+            onto: what gradients of entries are added to, and then not returned.
 
         Raises:
             BadKey: an entry is missing. BadType: an integer entry is asked for gradients.
@@ -166,9 +169,10 @@ class Pullback:
                 self._unchanged = False  # something does, and the values at sites are to be copied
                 how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
                 return self(td, points, **how, owner=owner)
-            found = vector_jacobian(values, [s.handle for s in seen], several, create_graph, width, self._name)
+            pull = vector_jacobian if onto is None else onto.pull
+            found = pull(values, [s.handle for s in seen], several, create_graph, width, self._name)
             gradients, where = [], []
-            for w, gradient, one in zip(self.wrt, found, seen, strict=True):
+            for w, gradient, one in zip(self.wrt, found, seen, strict=onto is None):
                 gradients.append(self._shaped(w, gradient, one, values, td, several))
                 point = self._point(w, one, td)
                 where.append(point if create_graph else point.detach())
