@@ -256,7 +256,7 @@ def test_convolutional_nets(benchmark, compare, net, size):
     if size == 64:
         peers = {f"zennit {name}": zennit(model, name, x) for name in ("EpsilonPlusFlat", "Alpha2Beta1Flat")}
         peers["tdhook EpsilonPlus"] = tdhook(copy.deepcopy(model), x)
-    times = turns(forms | peers, 5 if size == 64 else 3)
+    times = turns(forms | peers, 9 if size == 64 else 5)
     for name, (_, aim) in COMPOSITES.items():
         title = f"{net.__name__} {size}x{size} {name}"
         add(compare, f"{title} / gradient", times, f"{name}, gradient", "plain", at_most=aim)
