@@ -94,7 +94,10 @@ class Call:
     def inputs(self) -> list[Tensor]:
         """The tensors it was given that the explained entry may have a part in."""
         if self._inputs is None:
-            self._inputs = [value for value in tensors((self.args, self.kwargs)) if depends(value)]
+            given = [*self.args, *self.kwargs.values()]
+            if any([isinstance(value, (tuple, list, dict)) for value in given]):  # noqa: C419 - faster
+                given = tensors(given)
+            self._inputs = [value for value in given if depends(value)]
         return self._inputs
 
     @property

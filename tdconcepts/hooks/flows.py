@@ -182,7 +182,9 @@ def depends(value: Any) -> bool:
         >>> depends(layer(x)), depends(layer(x.detach())), depends(layer.weight)
         (True, False, False)
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point() or isinstance(value, nn.Parameter):
+    if type(value) is not Tensor and (not isinstance(value, Tensor) or isinstance(value, nn.Parameter)):
+        return False
+    if not value.is_floating_point():
         return False
     if is_compiling():
         return value.requires_grad
@@ -207,7 +209,7 @@ def depends(value: Any) -> bool:
             if not isinstance(getattr(node, "variable", None), nn.Parameter):
                 return True
             continue
-        nodes += [other for other, _ in below if other is not None]
+        nodes += [other for other, _ in below[::-1] if other is not None]  # what comes first is mostly no parameter
     return bool(nodes)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, skip_existing
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch.compiler import is_compiling
 from tdconcepts.hooks.contexts import acted_on, active
 
 __all__ = ["call_stage"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 def call_stage(stage: TensorDictModuleBase, td: TensorDictBase) -> TensorDictBase:
@@ -31,9 +35,12 @@ def call_stage(stage: TensorDictModuleBase, td: TensorDictBase) -> TensorDictBas
     found = made if isinstance(made, tuple) else (made,)
     if len(found) != len(keys) or not all(map(_is_tensor, found)):
         return TensorDictModule(lambda *_: made, stage.in_keys, keys)(td)
-    for key, value in zip(keys, found, strict=True):
-        if key != "_":
-            td.set(key, value)
+    with (
+        torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING
+    ):  # no operation of its own
+        for key, value in zip(keys, found, strict=True):
+            if key != "_":
+                td.set(key, value)
     return td
 
 

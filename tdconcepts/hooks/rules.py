@@ -39,12 +39,14 @@ __all__ = ["Call", "Convention", "Rule", "Rules", "check_convention"]
 class _How:
     """How the rules of one binding are carried out."""
 
-    __slots__ = ("convention", "ends", "joins", "keeps", "lean", "report", "safe")
+    __slots__ = ("convention", "ends", "joins", "keeps", "lean", "remembers", "report", "safe")
 
     def __init__(self, rules: Rules, safe: bool) -> None:
         self.keeps = rules.lean and rules.sees_operations  # without a copy, as operations in place are seen
         self.convention, self.ends, self.report, self.safe = rules.convention, rules.ends, rules.report, safe
         self.lean, self.joins = rules.lean, rules.lean and rules.report is None and rules.convention == "gradient"
+        chosen = [rule for _, rule in rules.modules] + list(rules.operations.values()) + list((rules.first or ())[1:])
+        self.remembers = self.joins or any(rule.reads_before for rule in chosen)  # else others can have the memory
 
 
 class Rule:
@@ -266,7 +268,7 @@ class _Leave:
         call.before = run.store.pop(("before", self), None)
         rule, call = joined(rule, call)
         output = watched(carried(rule, call), self.how, self.place.name, rule, "out")
-        run.store["last call"] = (rule, call, output)
+        run.store["last call"] = (rule, call, output) if self.how.remembers else None
         return output
 
 
@@ -332,14 +334,15 @@ class _Operate:
             args, kwargs = changed(given, Scale(self.how, seen=True))
         args, kwargs = rule.prepare(name, args, kwargs)
         output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
-        if not any(value.is_floating_point() for value in tensors(output)):
+        made = (output,) if isinstance(output, Tensor) else tensors(output)
+        if not any([value.is_floating_point() for value in made]):  # noqa: C419 - faster
             return _written(output, target)
         call = Call(name, func, args, kwargs, output, self.how)
         call.before = before
         rule, call = joined(rule, call)
         output = watched(carried(rule, call), self.how, shown, rule, "out")
         output = _written(output, target)
-        run.store["last call"] = (rule, call, output)
+        run.store["last call"] = (rule, call, output) if self.how.remembers else None
         return output
 
 

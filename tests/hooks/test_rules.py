@@ -1,6 +1,7 @@
 """The engine of rules: nothing stays behind, nesting, reuse, in-place operations, graphs, threads, refusals."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from tdconcepts import Capture, Site, Target
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import differentiable_once_more
+from tdconcepts.hooks.rules import Rules
 from tdconcepts.lrp import (
     LRP,
     AttnLRP,
@@ -39,6 +41,21 @@ def flow(m, x, **kwargs):
 
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_a_call_was_given_is_not_held_until_the_next_one():
+    held = []
+
+    class Net(nn.Module):
+        def forward(self, x):
+            h = 2 * x
+            y, h = h.relu(), weakref.ref(h)
+            held.append(h() is not None)
+            return y
+
+    with Rules((), {"relu": GuidedBackpropRule()}, "relevance").on(Net()) as m:
+        flow(m, X)
+    assert held == [False]
 
 
 @pytest.mark.parametrize("convention", ["gradient", "relevance"])
