@@ -68,6 +68,16 @@ def cnn():
     return module(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16 * 16, 10))
 
 
+def vgg():
+    """The eleven layers of VGG, narrow, for small images."""
+    torch.manual_seed(0)
+    layers, width = [], 3
+    for one in [8, None, 16, None, 32, 32, None, 64, 64, None, 64, 64, None]:
+        layers += [nn.MaxPool2d(2)] if one is None else [nn.Conv2d(width, one, 3, padding=1), nn.ReLU()]
+        width = one or width
+    return module(*layers, nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 def rows(batch, *shape):
     return TensorDict(x=torch.randn(batch, *shape), batch_size=[batch])
 
@@ -519,6 +529,35 @@ def test_integrated_gradients_of_captum(compare, make, memory, count):
         [X],
         **({"at_most": 1.0} if count == 1 else {"faster": 2}),
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "shape"),
+    [
+        ("lenet 32x32", lenet, [3, 32, 32]),
+        ("cnn 32x32", cnn, [3, 32, 32]),
+        ("VGG-11, narrow, 32x32", vgg, [3, 32, 32]),
+        ("MLP 4-64-64-2", lambda: mlp(4, 64, 64, 2), [4]),
+        ("MLP 784-256-256-10", lambda: mlp(784, 256, 256, 10), [784]),
+    ],
+)
+def test_memory_of_integrated_gradients(compare, name, make, shape):
+    """Not the time but the most memory that torch holds, of frozen networks: it is the same in each round."""
+    net = make().requires_grad_(False)
+    ours = IntegratedGradients(net, Target("y", Y), n_steps=200)
+    for batch in (1, 4, 8, 32):
+        td = rows(batch, *shape)
+        taken, once = (peak(form, td) for form in (ours, lambda td: raw_gradient(net, td.get("x"))))
+        limit = 4.0 if len(shape) > 1 else max(4.0, 2.5 * 2**20 / once)
+        aim = "<= 4" if len(shape) > 1 else "<= 4, or 2.5 MiB"
+        compare.add(
+            f"KiB, not us: IntegratedGradients, 200 steps, {name}, batch {batch} / one forward and backward",
+            *(1e-6 * size / 2**10 for size in (taken, once)),
+            [taken / once],
+            aim,
+            taken <= limit * once,
+        )
+    compare.benchmark.pedantic(ours, setup=lambda: ((rows(1, *shape),), {}), rounds=1)
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -24,7 +24,8 @@ T = TypeVar("T")
 # Numbers of the widest layer in flight, times 64 on a GPU: for copies of rows; and more than these go in pieces.
 _COPIES, _LARGE = 2**18, 2**21
 _FEWEST_ROWS, _MOST_ROWS, _PIECE_ROWS = 4, 2**14, 8
-_KEPT = 3  # copies of a batch whose layers are all kept, so that all is within four times that of the batch
+_KEPT = 3  # copies of a batch whose layers are all kept, so that all is within four times that of the batch; but for
+_SMALL = 2**13  # rows with fewer numbers in their widest layer, which may take half a MB there
 _POOLS = {1: (nn.MaxPool1d, nn.AvgPool1d), 2: (nn.MaxPool2d, nn.AvgPool2d), 3: (nn.MaxPool3d, nn.AvgPool3d)}
 
 
@@ -121,8 +122,11 @@ def rows_of(
         inside: values at sites that are put into the module, which count where they are larger.
         wide: what the network makes of a row.
         kept: whether all layers of these rows are kept, for gradients: then a choice is at most three copies of the
-            batch, or half a MB. So a single image may take more than four times its own memory (2.6 MB in the place of
-            0.2 MB): three rows at a time are half as slow again as eight.
+            batch, so that everything stays within four times the memory of one pass through it (and a copy that torch
+            makes of a layer's weights for two rows or more). Rows whose widest layer is below 32 kB may make half a MB
+            there, which is some 2 MB in all: three of them at a time would take ten times as long, and save nothing
+            that counts. (Three images of 32x32 pixels at a time take a third longer than eight: that is
+            ``chunk_size=8``.)
     """
     if chunk_size is not None:
         return chunk_size
@@ -130,7 +134,9 @@ def rows_of(
     size = max(size, *(value.numel() for value in inside), 1)
     rows = max(1, td.numel())
     most = min(_MOST_ROWS, max(_FEWEST_ROWS, scale * _COPIES * rows // max(rows, size)))
-    return max(rows, min(most, max(_KEPT * rows, most // 2)) if kept and scale == 1 else most)
+    if kept and scale == 1:
+        most = min(most, max(_KEPT * rows, most // 2 if size < _SMALL * rows else 0))
+    return max(rows, most)
 
 
 def pieces_of(

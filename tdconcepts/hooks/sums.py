@@ -14,7 +14,7 @@ from tdconcepts.hooks.jacobian import vector_jacobian
 
 __all__ = ["PathSum", "traced"]
 
-_WORTH = 2**12  # numbers of an entry: for fewer there is nothing to gain
+_WORTH = 2**14  # numbers of an entry, times targets: for fewer there is little to gain
 _MOST = 2**20  # numbers that wait behind a layer, where they are those of more than four copies of the batch
 
 
@@ -60,10 +60,10 @@ class PathSum:
     ) -> list[Tensor | None]:
         """Add what :func:`~tdconcepts.hooks.jacobian.vector_jacobian` gives for these copies; nothing is returned."""
         self._several, targets = several, values.shape[-1] if several else 1
-        look = self._looks and values.grad_fn is not None and any(leaf.numel() >= _WORTH for leaf in leaves)
+        look = self._looks and values.grad_fn is not None and any(targets * leaf.numel() >= _WORTH for leaf in leaves)
         readers = _readers(values, leaves) if look else [[] for _ in leaves]
         inputs = [
-            one.begin(leaf, _layer(leaf, nodes), targets)
+            one.begin(leaf, _layer(leaf, nodes) if targets * leaf.numel() >= _WORTH else None, targets)
             for one, leaf, nodes in zip(self._sums, leaves, readers, strict=True)
         ]
         vector_jacobian(values, inputs, several, create_graph, width, name, self._add)
@@ -184,7 +184,7 @@ def _readers(values: Tensor, leaves: Sequence[Tensor]) -> list[list[tuple[Node, 
 
 def _layer(leaf: Tensor, readers: list[tuple[Node, int]]) -> _Layer | None:
     """The layer that reads ``leaf``, if there is one alone, which is linear in it row by row."""
-    if len(readers) != 1 or leaf.numel() < _WORTH or leaf._backward_hooks:
+    if len(readers) != 1 or leaf._backward_hooks:
         return None
     (found, number), how = readers[0], None
     node: Any = found

@@ -31,6 +31,33 @@ def peak(explain, td):
     return torch.tensor([0, *(size for _, size in changes)]).cumsum(0).max().item()
 
 
+def module(*layers):
+    return TensorDictModule(nn.Sequential(*layers), ["x"], ["y"]).requires_grad_(False)
+
+
+def lenet():
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return module(*layers, nn.Linear(32 * 64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def strided():
+    first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2, padding=1)
+    return module(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 256, 10))
+
+
+def vgg():
+    layers, width = [], 3
+    for one in [8, None, 16, None, 32, 32, None, 64, 64, None, 64, 64, None]:
+        layers += [nn.MaxPool2d(2)] if one is None else [nn.Conv2d(width, one, 3, padding=1), nn.ReLU()]
+        width = one or width
+    return module(*layers, nn.Flatten(), nn.Linear(64, 10))
+
+
+def mlp():
+    return module(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+
+
 def once(network):
     """A single forward and backward, by hand."""
 
@@ -55,6 +82,23 @@ def once(network):
 def test_by_default_it_is_a_few_times_that_of_one_pass(network, make, times):
     td = images(8)
     assert peak(make(network), td) <= times * peak(once(network), td)
+
+
+@pytest.mark.parametrize(("batch", "n_steps"), [(1, 200), (4, 50), (8, 25), (32, 12)])
+@pytest.mark.parametrize("make", [lenet, strided, vgg])
+def test_a_path_of_images_takes_no_more_than_four_passes(make, batch, n_steps):
+    """Frozen networks, of which one pass takes the least."""
+    torch.manual_seed(0)
+    network, td = make(), images(batch)
+    explain = IntegratedGradients(network, Target("y", 1), n_steps=n_steps)
+    assert peak(explain, td) <= 4 * peak(once(network), td)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8, 32])
+def test_a_path_of_small_rows_takes_two_megabytes_or_so(batch):
+    network, td = mlp(), TensorDict(x=torch.randn(batch, 4), batch_size=[batch])
+    explain = IntegratedGradients(network, Target("y", 1), n_steps=200)
+    assert peak(explain, td) <= max(4 * peak(once(network), td), 2.5 * 2**20)
 
 
 def test_it_grows_with_the_rows_in_flight_and_not_with_the_steps(network):
