@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdconcepts.hooks.carrying import CARRIED
-from tdconcepts.hooks.flows import backward_by, tensors, untransformed
+from tdconcepts.hooks.flows import backward_by, untransformed
 from tdconcepts.hooks.references import Comparison, moves
 
 _Verdict: TypeAlias = tuple[str, list[Tensor] | None]
@@ -107,7 +107,8 @@ def unfollowed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Ver
     None where it is linear, or moves values.
     """
     if name in _WEIGHTED:
-        weights = [t for t in tensors((args[1:], kwargs)) if not isinstance(t, nn.Parameter)]
+        others = [t for t in (*args[1:], *kwargs.values()) if isinstance(t, Tensor)]
+        weights = [t for t in others if not isinstance(t, nn.Parameter)]
         return ("its weights depend on what is explained", weights) if weights else None
     if name in _CHECKED:
         return _CHECKED[name](args, kwargs)

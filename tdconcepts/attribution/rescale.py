@@ -103,9 +103,11 @@ def elementwise(call: Comparison, epsilon: float) -> Tensor:
     if call.points is None and untransformed(a):  # the same with less memory, and a look at the numbers
         step, size = a - b, (a + b).abs_()  # of two signs, which are never near, it is less
         size = size if call.name in _THROUGH_ZERO else size.add_(c.abs()).add_(d.abs())
-        near, ratio = step.abs() <= size.mul_(tiny).clamp_(min=epsilon), (c - d).div_(step)
-        if bool(near.any()):
-            ratio = torch.where(near, call.derivative(x, near), ratio)
+        share = size.mul_(tiny).clamp_(min=epsilon).div_(step)  # 1 or more where it is tiny
+        near = None if _are_small(share) else (share.abs_() < 1).logical_not_().nonzero(as_tuple=True)
+        ratio = (torch.sub(c, d, out=share) if c.dtype == share.dtype else c - d).div_(step)
+        if near is not None:
+            ratio[near] = call.derivative(x, near)
         return backward_by(_times, y, [x], ratio, keep=False)
     step, size = a - b, a.abs() + b.abs()
     size = size if call.name in _THROUGH_ZERO else size + c.abs() + d.abs()
@@ -116,6 +118,13 @@ def elementwise(call: Comparison, epsilon: float) -> Tensor:
 
 # f(0) = 0 and |f'| is about 1 at most: the rounding of y is not larger than that of x.
 _THROUGH_ZERO = frozenset(["relu", "relu6", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "hardtanh", "tanh"])
+
+
+def _are_small(values: Tensor) -> bool:
+    if not values.numel():
+        return True
+    low, high = values.aminmax()
+    return bool((low > -1) & (high < 1))
 
 
 def _times(flow: Tensor, ratio: Tensor) -> tuple[Tensor]:

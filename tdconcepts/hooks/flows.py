@@ -256,11 +256,17 @@ def tensors(tree: Any) -> list[Tensor]:
     """
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, (tuple, list)):
-        return [leaf for part in tree for leaf in tensors(part)]
+    found: list[Tensor] = []
     if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in tensors(part)]
-    return []
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return found
+    for part in tree:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list, dict)):
+            found += tensors(part)
+    return found
 
 
 def changed(tree: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -277,12 +283,15 @@ def changed(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, (tuple, list)):
-        values = [changed(part, change) for part in tree]
+        values = [changed(part, change) if isinstance(part, _TREES) else part for part in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if isinstance(tree, dict):
-        new = {key: changed(part, change) for key, part in tree.items()}
+        new = {key: changed(part, change) if isinstance(part, _TREES) else part for key, part in tree.items()}
         return new if type(tree) is dict else type(tree)(**new)
     return tree
+
+
+_TREES = (Tensor, tuple, list, dict)
 
 
 @torch.compiler.assume_constant_result

@@ -62,11 +62,18 @@ class Comparison:
         """An argument, by its position or name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
-    def derivative(self, x: Tensor, where: Tensor) -> Tensor:
-        """The derivative of an elementwise function where a mask says so; after it the output has no graph any more."""
-        y = self.output
-        found = torch.autograd.grad(y, x, where.to(y.dtype), allow_unused=True)[0] if y.requires_grad else None
-        return torch.zeros_like(x) if found is None else found
+    def derivative(self, x: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+        """The derivative of an elementwise function of ``x`` at some indices, for which it is called once more."""
+        if len(tensors((self.args, self.kwargs))) > 1 or self.name == "rrelu":  # each element with others, or by chance
+            at, y, seed = x, self.output, torch.zeros_like(x).index_put_(where, x.new_ones(()))
+        else:
+            at = x.detach()[where].requires_grad_()
+            args, kwargs = changed((self.args, self.kwargs), lambda _: at.clone())
+            y = self.function(*args, **kwargs)
+            seed = torch.ones_like(y)
+        found = torch.autograd.grad(y, at, seed, allow_unused=True)[0] if y.requires_grad else None
+        found = torch.zeros_like(at) if found is None else found
+        return found[where] if at is x else found
 
     def constant(self, value: Tensor) -> Tensor:
         """A tensor that it was given or wrote, for use in a factor: with its true graph, if that is wanted, or none."""
@@ -215,7 +222,8 @@ class _Compare:
         formula = self.program.formulas.get(name)
         if formula is None:
             return self._without(tape, name, run, func, args, kwargs)
-        if not any(value.is_floating_point() for value in tensors((args, kwargs))):
+        given = tensors((args, kwargs))
+        if not any([value.is_floating_point() for value in given]):  # noqa: C419 - faster
             return func(*args, **kwargs)
         target = args[0] if is_inplace(func) or kwargs.get("inplace") is True else None
         if target is not None:
@@ -230,7 +238,7 @@ class _Compare:
             tape.record(name, noted._replace(output=changed(output, torch.clone)) if aliased else noted)
         else:
             compared = tape.compared(name, func, noted)
-            if any(map(moves, tensors((args, kwargs)))):
+            if any(map(moves, given)):
                 output = carried(formula, compared)
         return output if target is None else target.copy_(output)
 
