@@ -131,18 +131,19 @@ class ConceptActivationVectors(BlockStage):
             like = latent[..., :1].expand(*latent.shape[:-1], self.concepts.size)
             targets = self.concepts.targets(labels, like).reshape(-1, self.concepts.size)
             rows = latent.reshape(-1, self.in_features)
-            if not len(rows) or not bool(rows.isfinite().all()):
+            if not len(rows) or not (bool(rows.sum().isfinite()) or bool(rows.isfinite().all())):  # the sum is fast
                 raise BadValue("not a latent to fit", got=f"{len(rows)} rows, or NaN", needed="finite numbers")
             self._check_classes(targets)
             weight = rows.new_zeros(self.concepts.size, self.in_features)
             bias, count, left = rows.new_zeros(self.concepts.size), 0, 0.0
-            signs = 2 * targets - 1
             for loss, columns in self._by_loss(solver).items():
-                wanted = torch.where(self._continuous() | (loss == "logistic"), targets, signs)[:, columns]
+                wanted = targets[:, columns]
+                if loss == "squares":
+                    wanted = torch.where(self._continuous()[columns], wanted, 2 * wanted - 1)
                 found = linear_fit(rows, wanted, ridge, loss, iterations, tolerance)
                 weight[columns], bias[columns] = found.weight, found.bias
                 count, left = max(count, found.iterations), max(left, found.gradient)
-            score = self._score(rows @ weight.mT + bias, targets)
+            score = self._score(torch.nn.functional.linear(rows, weight, bias), targets)
             self.weight, self.bias = weight.to(self.weight), bias.to(self.bias)
             self.fitted.fill_(True)
         return CavFit(score, count, left)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tdconcepts.concepts.solve import linear_fit
+from tdconcepts.concepts.solve import _is_faster, _Rough, linear_fit
 from tdconcepts.errors import BadValue
 
 
@@ -43,6 +43,39 @@ def test_at_the_optimum_the_gradient_is_zero(loss, missing):
     total.backward()
     assert w.grad.abs().max() < 1e-6
     assert b.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squares"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("iterations", [200, 60])
+def test_rounded_rows_lead_to_the_same_optimum(monkeypatch, loss, dtype, iterations):
+    """With a mean of a hundred deviations, features of other scales and labels that are missing."""
+    x, y = data(columns=4)
+    x[:, 3] += 100 * x[:, 3].std()
+    x[:, 5] *= 1e-3
+    y[:70, 2] = torch.nan
+    x, y, tolerance = x.to(dtype), y.to(dtype), 1e-9 if dtype is torch.float64 else 1e-4
+    used = []
+    monkeypatch.setattr(
+        "tdconcepts.concepts.solve._Rough.along", lambda self, w, run=_Rough.along: used.append(1) or run(self, w)
+    )
+    found = []
+    for rough in (False, True):
+        monkeypatch.setattr("tdconcepts.concepts.solve._is_faster", lambda x, columns, rough=rough: rough)
+        found.append(linear_fit(x, y, 0.7, loss, iterations, tolerance))
+        assert bool(used) is rough
+        assert found[-1].gradient <= tolerance
+    scores = [x @ fit.weight.mT + fit.bias for fit in found]
+    torch.testing.assert_close(*scores, atol=100 * tolerance, rtol=100 * tolerance)
+
+
+def test_a_large_fit_takes_the_fast_way_where_there_is_one(monkeypatch):
+    x, asked = torch.zeros(1000, 200), {}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: asked)
+    assert not _is_faster(x, 100)
+    asked["avx512_bf16"] = True
+    assert _is_faster(x, 100)
+    assert not _is_faster(x, 10)
 
 
 def test_a_column_does_not_depend_on_the_others():
