@@ -156,12 +156,14 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         this, lead = self._explaining, td.batch_dims
         ends, starts = self._ends(path, td)
         steps = {w: ends[w] if start is None else ends[w] - start for w, start in starts.items()}
-        rows = this.rows(td, path.in_keys, ends.values(), kept=True)
+        rows = this.rows(td, path.in_keys, ends.values(), kept=1 + isinstance(path.target.select, (list, range, slice)))
         behind = not (path.is_inner or this.create_graph or traced())
         total = PathSum(self.module, [ends[w].shape for w in path.wrt], rows) if behind else None
         sums: list[Tensor] = []
-        for group in this.tracked(groups(self.n_steps, rows, td.numel()), "path"):
-            parts = self._some(path, td, slice(group.start, group.stop), starts, steps, held, total)
+        pieces = groups(self.n_steps, rows, td.numel())
+        width = this.width(td, len(pieces[0]))  # for the last piece too, which may be smaller
+        for group in this.tracked(pieces, "path"):
+            parts = self._some(path, td, slice(group.start, group.stop), starts, steps, held, total, width)
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
         totals = dict(zip(path.wrt, sums if total is None else total.result(lead), strict=True))
         steps = {w: pick(step, w.index, lead) if isinstance(w, Site) else step for w, step in steps.items()}
@@ -184,6 +186,7 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         steps: dict[Wrt, Tensor],
         held: Tensor | None,
         total: PathSum | None,
+        width: int,
     ) -> list[Tensor]:
         """What some points of the path add to the sums: given back, or added to ``total``. Nothing else remains."""
         n, batch = some.stop - some.start, td.batch_size
@@ -192,7 +195,6 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         kept = None if held is None else spread(held.expand(n, *held.shape), n, batch)
         if total is not None:
             total.of(lambda dtype, device: _cut(self._rule_as(dtype, device)[1], some))
-        width = self._explaining.width(td, n)
         pulled = path(many, points, create_graph=self._explaining.create_graph, held=kept, width=width, onto=total)
         parts = []
         for gradient in pulled.gradients:

@@ -106,7 +106,7 @@ def rows_of(
     keys: Iterable[NestedKey],
     inside: Iterable[Tensor] = (),
     wide: Widths = Widths(),  # noqa: B008 (it is a constant)
-    kept: bool = False,
+    kept: int = 0,
 ) -> int:
     """How many rows may be in flight: ``chunk_size``, or a number chosen from the size of a row.
 
@@ -121,12 +121,12 @@ def rows_of(
         keys: the entries that a row is made of.
         inside: values at sites that are put into the module, which count where they are larger.
         wide: what the network makes of a row.
-        kept: whether all layers of these rows are kept, for gradients: then a choice is at most three copies of the
-            batch, so that everything stays within four times the memory of one pass through it (and a copy that torch
-            makes of a layer's weights for two rows or more). Rows whose widest layer is below 32 kB may make half a MB
-            there, which is some 2 MB in all: three of them at a time would take ten times as long, and save nothing
-            that counts. (Three images of 32x32 pixels at a time take a third longer than eight: that is
-            ``chunk_size=8``.)
+        kept: for how many targets all layers of these rows are kept, 1 or more (2 for any number of them), 0 for none.
+            For one a choice is at most three copies of the batch, so that everything stays within four times the memory
+            of one pass through it (and a copy that torch makes of a layer's weights for two rows or more). Rows whose
+            widest layer is below 32 kB may make half a MB there, which is some 2 MB in all: three of them at a time
+            would take ten times as long, and save nothing that counts. So may any rows for several targets. (Three
+            images of 32x32 pixels at a time take half as long again as eight: that is ``chunk_size=8``.)
     """
     if chunk_size is not None:
         return chunk_size
@@ -135,7 +135,7 @@ def rows_of(
     rows = max(1, td.numel())
     most = min(_MOST_ROWS, max(_FEWEST_ROWS, scale * _COPIES * rows // max(rows, size)))
     if kept and scale == 1:
-        most = min(most, max(_KEPT * rows, most // 2 if size < _SMALL * rows else 0))
+        most = min(most, max(_KEPT * rows, most // 2 if kept > 1 or size < _SMALL * rows else 0))
     return max(rows, most)
 
 

@@ -172,9 +172,7 @@ class Explaining:
         """How many rows of a batch are explained at a time; None for all of them."""
         return pieces_of(td, self.chunk_size, self.in_keys, self.pullback.module, self.widths)
 
-    def rows(
-        self, td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = (), kept: bool = False
-    ) -> int:
+    def rows(self, td: TensorDictBase, keys: Iterable[NestedKey], inside: Iterable[Tensor] = (), kept: int = 0) -> int:
         """How many copies of rows may be in flight: ``chunk_size``, or a choice; see ``rows_of``."""
         return rows_of(td, self.chunk_size, keys, inside, self.widths, kept)
 

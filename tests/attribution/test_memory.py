@@ -109,6 +109,12 @@ def test_it_grows_with_the_rows_in_flight_and_not_with_the_steps(network):
     assert of(200, 8) < 1.2 * of(40, 8)
 
 
+def test_a_last_piece_with_fewer_rows_takes_no_more():
+    network, td = lenet(), images(1)
+    of = [peak(IntegratedGradients(network, Target("y", range(10)), n_steps=n), td) for n in (16, 17)]
+    assert of[1] <= 1.05 * of[0]
+
+
 def test_a_large_batch_goes_in_pieces(network):
     td = images(256)
     assert peak(Gradient(network, Target("y", 1)), td) < 0.25 * peak(once(network), td)

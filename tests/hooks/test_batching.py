@@ -151,11 +151,12 @@ def test_rows_in_flight():
     assert rows_of(rows(8, 2**14), None, ["x"]) == 16, "that is two copies"
     assert rows_of(rows(30, 2**14), None, ["x"]) == 30, "the batch"
     assert rows_of(rows(1, 2**18), None, ["x"]) == 4, "four rows"
-    assert rows_of(rows(8, 2**13), None, ["x"], kept=True) == 24, "three copies"
-    assert rows_of(rows(1, 2**14), None, ["x"], kept=True) == 3
-    assert rows_of(rows(1, 2**13 - 1), None, ["x"], kept=True) == 16, "of small rows half a MB"
-    assert rows_of(rows(30, 2**14), None, ["x"], kept=True) == 30
-    assert rows_of(rows(3, 2), None, ["x"], kept=True) == 2**13
+    assert rows_of(rows(8, 2**13), None, ["x"], kept=1) == 24, "three copies"
+    assert rows_of(rows(1, 2**14), None, ["x"], kept=1) == 3
+    assert rows_of(rows(1, 2**14), None, ["x"], kept=2) == 8, "for several targets half a MB"
+    assert rows_of(rows(1, 2**13 - 1), None, ["x"], kept=1) == 16, "and of small rows"
+    assert rows_of(rows(30, 2**14), None, ["x"], kept=1) == 30
+    assert rows_of(rows(3, 2), None, ["x"], kept=1) == 2**13
     assert rows_of(rows(0, 4), None, ["x"]) >= 1
     assert rows_of(rows(2, 2**14), None, []) >= 2
     assert rows_of(rows(2, 2**10), None, ["x"], [torch.zeros(2, 2**13), torch.zeros(2, 1)]) == 32, "inside it is larger"
