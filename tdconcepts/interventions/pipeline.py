@@ -8,9 +8,10 @@ from typing import Any, TypeAlias, Unpack, cast
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, skip_existing
-from torch import nn
+from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType
+from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.selection import Selection, SelectStage
 from tdconcepts.interventions.sequential import GreedyStage
 from tdconcepts.interventions.splice import Splice
@@ -137,7 +138,15 @@ def _in_one_go(
     check_unlocked(tensordict, at)
     plain = concepts.detach() if concepts.requires_grad else concepts
     new, known = value.known(plain, tensordict)
-    if score.fixed and select.is_exact and known is None:  # one row says it for all
+    mask: Tensor | None
+    ranks: Tensor | None
+    every = known is None and select.is_everything(plain.shape[-1])
+    present = tensordict.keys()
+    apart = value_key[0] not in present
+    shown = not apart or selected is None or score_key in selected or mask_key in selected
+    if not shown and every and type(score).compute is UniformPolicy.compute and replace.needs_no_mask(concepts):
+        ranks = mask = None
+    elif score.fixed and select.is_exact and known is None:  # one row says it for all
         ranks = score.compute(plain.new_zeros(plain.shape[-1:]), tensordict)
         mask = select.mask(ranks).expand(plain.shape)
         ranks = ranks.expand(plain.shape)
@@ -147,11 +156,12 @@ def _in_one_go(
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
         mask = select.mask(ranks, select.read(tensordict), known)
-    every = known is None and select.is_everything(plain.shape[-1])
-    result = replace.replaced(concepts, mask, new, ranks, every)
+    if mask is None:
+        result = replace.all_replaced(concepts, new)
+    else:
+        result = replace.replaced(concepts, mask, new, ranks, every)
     found = zip((value_key, score_key, mask_key, before_key), (new, ranks, mask, concepts), strict=True)
-    present = tensordict.keys()
-    if value_key[0] not in present:  # one group at once costs half of four entries in it
+    if apart:  # one group at once costs half of four entries in it
         group = {key[-1]: entry for key, entry in found if selected is None or key in selected}
         if group:
             tensordict.set(value_key[:-1], _grouped(group, tensordict))

@@ -139,7 +139,7 @@ class SelectStage(TensorDictModuleBase):
 
     def is_everything(self, columns: int) -> bool:
         """Whether all of so many columns are replaced in every row, whatever their scores."""
-        return self._is_plain and self._number(columns) == columns
+        return self._is_plain and self._columns in (None, columns) and self._number(columns) == columns
 
     @property
     def is_random(self) -> bool:

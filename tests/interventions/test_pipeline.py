@@ -128,6 +128,48 @@ def test_where_all_are_replaced_nothing_shares_memory(strategy, batch):
     assert torch.equal(td["truth"], before["truth"])
 
 
+class Reversed(UniformPolicy):
+    def compute(self, concepts, tensordict):
+        return -torch.arange(concepts.shape[-1]).to(concepts).expand(concepts.shape)
+
+
+@pytest.mark.parametrize("policy", [UniformPolicy(), OrderPolicy([1]), Reversed()])
+@pytest.mark.parametrize("strategy", [Do(1.0), GroundTruth("labels"), lambda concepts, td: td["labels"] + 0.0])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("keys", [["concepts"], ["concepts", ("intervention", "before")]])
+def test_where_all_are_replaced_and_nobody_asks_which(policy, strategy, grad, there, keys):
+    """The same as with the mask and the score, which then need not be made."""
+    concepts = torch.rand(4, 3).requires_grad_(grad)
+    td = TensorDict({"concepts": concepts, "labels": torch.randint(0, 2, (4, 3)).float()}, [4])
+    if there:
+        td["intervention"] = {"mask": torch.zeros(4, 3)}
+    whole = InterventionPipeline(policy, strategy)(td.copy())
+    found = InterventionPipeline(policy, strategy).select_out_keys(*keys)(td.copy())
+    assert ("intervention", "mask") not in found.keys(True) or there
+    assert found["concepts"].requires_grad == whole["concepts"].requires_grad
+    assert found["concepts"].data_ptr() not in (td["labels"].data_ptr(), concepts.data_ptr())
+    for key in [*keys, *([("intervention", "mask")] if there else [])]:
+        assert torch.equal(found[key], whole[key])
+
+
+def test_where_all_are_replaced_what_is_wrong_is_still_said():
+    td = TensorDict({"concepts": torch.rand(4, 3), "labels": torch.rand(4, 3)}, [4])
+    cases = [
+        (Splice("concepts", cardinalities=(1, 1)), Do(1.0), "not a score for these concepts"),
+        ("concepts", lambda concepts, td: concepts[:, :2], "shape"),
+        ("concepts", Do([1.0, 0.0]), "does not fit"),
+    ]
+    for at, strategy, text in cases:
+        pipeline = InterventionPipeline(UniformPolicy(), strategy, at)
+        for one in (pipeline, copy.deepcopy(pipeline).select_out_keys("concepts")):
+            with pytest.raises(BadValue, match=text):
+                one(td.copy())
+    td["labels"] = td["labels"] + 2
+    with pytest.raises(BadValue, match="no probabilities"):
+        InterventionPipeline(UniformPolicy(), GroundTruth("labels")).select_out_keys("concepts")(td)
+
+
 def test_it_does_run_in_one_go_and_not_where_something_hangs_on_a_stage():
     calls = []
     pipeline = InterventionPipeline(UncertaintyPolicy(), Do(1.0), k=1)
