@@ -7,6 +7,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts import Conductance, Gradient, IntegratedGradients, Site, Target, VarGrad
+from tdconcepts.hooks import Pullback
 from tdconcepts.perturbation import FeatureAblation, Grid
 
 
@@ -109,10 +110,16 @@ def test_it_grows_with_the_rows_in_flight_and_not_with_the_steps(network):
     assert of(200, 8) < 1.2 * of(40, 8)
 
 
-def test_a_last_piece_with_fewer_rows_takes_no_more():
-    network, td = lenet(), images(1)
-    of = [peak(IntegratedGradients(network, Target("y", range(10)), n_steps=n), td) for n in (16, 17)]
-    assert of[1] <= 1.05 * of[0]
+def test_a_last_piece_with_fewer_rows_pulls_back_no_more_targets_at_once(monkeypatch):
+    call, seen = Pullback.__call__, []
+
+    def spy(self, many, *args, **kwargs):
+        seen.append((many.batch_size[0], kwargs["width"]))
+        return call(self, many, *args, **kwargs)
+
+    monkeypatch.setattr(Pullback, "__call__", spy)
+    IntegratedGradients(lenet(), Target("y", range(10)), n_steps=18)(images(1))
+    assert seen == [(8, 1), (8, 1), (2, 1)]
 
 
 def test_a_large_batch_goes_in_pieces(network):
