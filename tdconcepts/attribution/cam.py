@@ -7,7 +7,7 @@ from typing import Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadValue
@@ -81,7 +81,6 @@ class GradCAM(Replaceable, TensorDictModuleBase):
         self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)

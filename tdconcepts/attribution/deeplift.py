@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.attribution.paths import IntegratedGradients, _delta_key
@@ -213,7 +213,6 @@ class DeepLiftShap(_Lifting, IntegratedGradients):
         self.optional_keys = []
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         count = len(self.baselines)

@@ -6,7 +6,7 @@ from typing import Unpack
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
@@ -95,7 +95,6 @@ class ExpectedGradients(Replaceable, TensorDictModuleBase):
         self.in_keys, self.out_keys = this.in_keys, this.out_keys
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         rows = self._source.choices(torch.ones(len(self.baselines)), self.n_samples)

@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, dropout, padding, pooling
 
@@ -131,7 +131,6 @@ class FullGrad(Replaceable, TensorDictModuleBase):
         self.in_keys, self.out_keys = this.in_keys, this.out_keys
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)

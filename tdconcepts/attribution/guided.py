@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Unpack
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.attribution.cam import resized, weighted
@@ -77,7 +77,6 @@ class GuidedBackprop(Replaceable, TensorDictModuleBase):
         self.in_keys, self.out_keys = self._explaining.in_keys, self._explaining.out_keys
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)
@@ -214,7 +213,6 @@ class GuidedGradCAM(Replaceable, TensorDictModuleBase):
         self.out_keys = this.out_keys
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)

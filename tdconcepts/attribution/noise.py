@@ -8,7 +8,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
@@ -111,7 +111,6 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         self.optional_keys = list(getattr(explainer, "optional_keys", ()))
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict`` under noise."""
         check_td(tensordict)

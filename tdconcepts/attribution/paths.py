@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, Unpack
 import numpy
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
@@ -134,7 +134,6 @@ class IntegratedGradients(Replaceable, TensorDictModuleBase):
         self.in_keys, self.out_keys = [*this.in_keys, *needs], this.out_keys
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)

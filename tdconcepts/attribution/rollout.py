@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
@@ -89,7 +89,6 @@ class AttentionRollout(Replaceable, TensorDictModuleBase):
         _set_up(self, module, Target(list(module.out_keys)[-1]), wrt, layers, fusion, discard, token, options)
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)
@@ -189,7 +188,6 @@ class TransformerAttribution(Replaceable, TensorDictModuleBase):
             self._relevance = program, Pullback(module, target, None, rules=program)
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         return self._explaining.run(tensordict, self._attribute)

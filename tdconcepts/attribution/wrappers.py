@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase, set_skip_existing
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from tdconcepts.errors import BadType, BadValue
@@ -55,7 +55,6 @@ class Absolute(Replaceable, TensorDictModuleBase):
         self._changed = [key for key in self.out_keys if key not in own and join(key)[0] != CONVERGENCE_DELTA]
 
     @dispatch_rows
-    @set_skip_existing(None)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Explain every row of ``tensordict``."""
         check_td(tensordict)

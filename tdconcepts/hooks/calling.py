@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import skip_existing
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
@@ -22,7 +23,8 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     Tensors are given in the order of ``in_keys``, or by name (parts of a nested key joined by ``_``); the entries of
     ``out_keys`` come back, one tensor or a tuple. The difference is the batch: where some tensor has two dims or more
-    and all share the first, that is the batch; else the tensors are one row.
+    and all share the first, that is the batch; else the tensors are one row. tensordict's ``set_skip_existing`` is
+    obeyed, with fewer steps than its decorator takes.
 
     Args:
         forward: the method, ``(self, tensordict) -> tensordict``.
@@ -42,14 +44,20 @@ def dispatch_rows(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args and not isinstance(args[0], Tensor):
-            return forward(self, *args, **kwargs)
+            return args[0] if skip_existing() and _is_written(self, args[0]) else forward(self, *args, **kwargs)
         if "tensordict" in kwargs and not args:
-            return forward(self, kwargs.pop("tensordict"), **kwargs)
+            return call(self, kwargs.pop("tensordict"), **kwargs)
         out = forward(self, packed(*given(self.in_keys, args, kwargs)))
         found = tuple(out.get(key) for key in self.out_keys)
         return found[0] if len(found) == 1 else found
 
     return call
+
+
+def _is_written(module: Any, td: TensorDictBase) -> bool:
+    """Whether ``td`` has all that a module writes, so that ``set_skip_existing`` skips it: not if it reads of that."""
+    have = td.keys(True)
+    return all(key in have for key in module.out_keys) and not any(key in module.out_keys for key in module.in_keys)
 
 
 def given(in_keys: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[Any, Any], torch.Size]:

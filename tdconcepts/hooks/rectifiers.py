@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from tdconcepts.hooks.flows import backward_by
+from tdconcepts.hooks.flows import backward_by, overwritable
 from tdconcepts.hooks.rules import Call, Rule
 
 __all__ = ["DeconvNetRule", "GuidedBackpropRule", "rectified"]
@@ -33,7 +34,9 @@ class GuidedBackpropRule(Rule):
 
     def carry(self, call: Call) -> Tensor:
         """A ReLU."""
-        rectified(self, call)
+        inputs = rectified(self, call)
+        if type(call.module) is nn.ReLU or (call.module is None and call.name == "relu"):
+            return backward_by(_guided, call.output, inputs, call.kept(call.output.detach()), keep=False)
         return backward_by(_positive, call.output, [call.output], keep=False)  # and then its own backward pass
 
 
@@ -74,3 +77,9 @@ def rectified(rule: Rule, call: Call) -> list[Tensor]:
 
 def _positive(flow: Tensor) -> tuple[Tensor]:
     return (flow.clamp(min=0),)
+
+
+def _guided(flow: Tensor, output: Tensor) -> tuple[Tensor]:
+    if overwritable(flow):  # what is made of it, that is
+        return (torch.ops.aten.threshold_backward(flow, output, 0).clamp_(min=0),)
+    return (flow.clamp(min=0) * (output > 0),)
