@@ -50,7 +50,8 @@ class _ByFormulaAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, formula: Callable[..., Any], count: int, keep: bool, value: Tensor, *given: Tensor) -> Tensor:
-        _ByFormula.setup_context(ctx, (formula, count, keep, value, *given), value)
+        ctx.formula, ctx.rest = formula, len(given) - count
+        ctx.save_for_backward(*(given if keep else given[count:]))
         ctx.set_materialize_grads(False)
         return value.detach()
 
@@ -58,7 +59,10 @@ class _ByFormulaAtOnce(torch.autograd.Function):
     def backward(ctx: Any, flow: Tensor | None) -> tuple[Any, ...]:
         if flow is None:  # where a value was only kept, not passed on
             return (None,) * len(ctx.needs_input_grad)
-        return _ByFormula.backward(ctx, flow)
+        return (None, None, None, None, *ctx.formula(flow, *ctx.saved_tensors), *[None] * ctx.rest)
+
+
+_AtOnce: Any = super(torch.autograd.Function, _ByFormulaAtOnce)
 
 
 def backward_by(
@@ -96,6 +100,8 @@ def backward_by(
         if one is not None:
             twice: Tensor = ByFormulaOnce.apply(one, formula, len(inputs), keep, value, *given)
             return twice
+        if not any([torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (value, *given)]):  # noqa: C419 - faster
+            kind = _AtOnce  # without what apply does for the values of function transforms
     found: Tensor = kind.apply(formula, len(inputs), keep, value.detach(), *given)
     return found
 

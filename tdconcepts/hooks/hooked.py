@@ -152,7 +152,7 @@ class Hooked(Replaceable, TensorDictModuleBase):
             run.check_standing()
 
 
-def check_td(td: object) -> None:
+def check_td(td: Any) -> None:
     """Raise for what can't be written to: no TensorDict, or a locked one.
 
     Args:

@@ -155,7 +155,7 @@ class Pullback:
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
         with differentiable():
-            leaves = {k: new_leaf(points[k] if k in points else td.get(k), create_graph) for k in self._entries}
+            leaves: Any = {k: new_leaf(points[k] if k in points else td.get(k), create_graph) for k in self._entries}
             work = dense(td, self.reads(td), leaves)
             run = Run(self.plan, work, owner)
             run.store["points"] = points

@@ -180,7 +180,8 @@ class References:
         try:
             return self._compared(pullback, td, starts, **how)
         except _Overwrites:  # what is noted is copied from now on
-            for act in pullback.plan.around:
+            acts: Any = pullback.plan.around
+            for act in acts:
                 act.safe = False
             return self._compared(pullback, td, starts, **how)
 
