@@ -170,6 +170,8 @@ class SelectStage(TensorDictModuleBase):
             if self._costs is not None:
                 left = torch.full(units.shape[:-1], self.budget or 0.0, dtype=torch.float64, device=units.device)
                 return self.columns(affordable_mask(units, allowed, self.costs(units), left))
+            if isinstance(counts, int) and counts == (units.shape[-1] if self._among is None else len(self._among)):
+                return self.columns(allowed)  # all that may be: no ranking
             return self.columns(counted_mask(units, allowed, counts))
         if self._among is None:
             return self.columns(top_mask(units, self._number(units.shape[-1])))

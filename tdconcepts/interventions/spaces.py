@@ -168,7 +168,7 @@ def known_places(value: Tensor) -> Tensor | None:
         total = float(value.detach().sum())  # NaN if there is one; of an infinity and its opposite too
         if total == total:
             return None
-    return ~value.isnan()
+    return value == value  # False for NaN; of isnan the compiler makes a loop of single numbers
 
 
 def is_visible(tensor: Tensor) -> bool:
