@@ -147,14 +147,15 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         BadValue: where taps would have to be installed while ``torch.compile`` traces.
     """
-    if is_compiling() and not (run.plan.steps or run.plan.only_through or run.plan.sees_functions):
+    tracing = is_compiling()
+    if tracing and not (run.plan.steps or run.plan.only_through or run.plan.sees_functions):
         return function(*args)
     before = _ACTIVE.runs
     owner = run.owner
     entered = owner is not None and any(other.owner is owner for other in before)
     lasting = entered or len(run.plan.steps) == 0
     if not lasting:
-        if not is_compiling():
+        if not tracing:
             install(run.plan, standing=False)
         elif not installed(run.plan):
             raise BadValue(
@@ -176,7 +177,7 @@ def run_under(run: Run, function: Callable[..., Any], *args: Any) -> Any:
         raise ours from None
     finally:
         _ACTIVE.runs = before
-        if not lasting and not is_compiling():
+        if not lasting and not tracing:
             remove(run.plan, standing=False)
 
 

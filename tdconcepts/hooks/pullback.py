@@ -165,7 +165,7 @@ class Pullback:
             work = run_under(run, self._forward, work, run)
             values, several = self._values(work, td, run, held)
             seen = [run.store[w] if w in self._places else Seen(leaves[w], handle=leaves[w]) for w in self.wrt]
-            if any(s.version is not None and s.value._version != s.version for s in seen):
+            if any([s.version is not None and s.value._version != s.version for s in seen]):  # noqa: C419 - faster
                 self._unchanged = False  # something does, and the values at sites are to be copied
                 how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
                 return self(td, points, **how, owner=owner)
@@ -341,10 +341,11 @@ class Pullback:
             return seen.value
         batch = td.batch_size
         value = seen.value if seen.mapped is None else seen.value.movedim(seen.mapped, len(batch))
-        return self._picked(w, align(settle(value, batch), batch, str(w)), len(batch))
+        value = settle(value, batch)
+        return self._picked(w, value if value.shape[: len(batch)] == batch else align(value, batch, str(w)), len(batch))
 
     def _picked(self, w: Wrt, value: Tensor, lead: int) -> Tensor:
-        return pick(value, w.index, lead) if isinstance(w, Site) else value
+        return pick(value, w.index, lead) if isinstance(w, Site) and w.index is not None else value
 
     def _checked_wrt(self, wrt: Wrt | list[Wrt] | None) -> tuple[Wrt, ...]:
         given: Sequence[Wrt] = list(self.module.in_keys) if wrt is None else wrt if isinstance(wrt, list) else [wrt]
