@@ -6,6 +6,7 @@ import captum.attr
 import numpy
 import pytest
 import torch
+from lrp.nets import vgg11
 from oracles import oracle
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -108,11 +109,18 @@ def raw_integral(net, n=50):
     return form
 
 
+def last_map(layers):
+    """The number of the ReLU behind the last convolution."""
+    return max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)) + 1
+
+
 def raw_cam(net):
+    cut = last_map(net.module) + 1
+
     def form(td):
         layers, x = net.module, td.get("x")
-        hidden = layers[:4](x).detach().requires_grad_()
-        gradient = torch.autograd.grad(layers[4:](hidden)[:, Y].sum(), hidden)[0]
+        hidden = layers[:cut](x).detach().requires_grad_()
+        gradient = torch.autograd.grad(layers[cut:](hidden)[:, Y].sum(), hidden)[0]
         return (gradient.mean((2, 3), keepdim=True) * hidden).sum(1, keepdim=True).relu().detach()
 
     return form
@@ -173,19 +181,20 @@ def raw_changed(net, relu):
 
 def raw_guided_cam(net):
     guided, cam = raw_changed(net, GuidedReLU), raw_cam(net)
-    return lambda td: guided(td) * interpolate(cam(td), size=(32, 32))
+    return lambda td: guided(td) * interpolate(cam(td), size=td.get("x").shape[2:])
 
 
 def raw_full(net):
     def form(td):
-        layers, x = net.module, td.get("x").detach().requires_grad_()
-        first = layers[0](x)
-        second = layers[2](first.relu())
-        y = layers[4:](second.relu())
-        at = [x, first, second, y]
-        gradients = torch.autograd.grad(y[:, Y].sum(), at)
-        biases = [layers[0].bias.view(-1, 1, 1), layers[2].bias.view(-1, 1, 1), layers[5].bias]
-        return [(g * b).detach() for g, b in zip(gradients, [x, *biases], strict=True)]
+        h = x = td.get("x").detach().requires_grad_()
+        at, biases = [x], [x]
+        for layer in net.module:
+            h = layer(h)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                at.append(h)
+                biases.append(layer.bias if h.ndim == 2 else layer.bias.view(-1, 1, 1))
+        gradients = torch.autograd.grad(h[:, Y].sum(), at)
+        return [(g * b).detach() for g, b in zip(gradients, biases, strict=True)]
 
     return form
 
@@ -374,9 +383,9 @@ IMAGES = {
         lambda net: captum.attr.InputXGradient(net),
     ),
     "GradCAM": (
-        lambda net: GradCAM(net, Target("y", Y), "3"),
+        lambda net: GradCAM(net, Target("y", Y), str(last_map(net.module))),
         raw_cam,
-        lambda net: captum.attr.LayerGradCam(net, net[3]),
+        lambda net: captum.attr.LayerGradCam(net, net[last_map(net)]),
         {"relu_attributions": True},
     ),
     "GuidedBackprop": (
@@ -390,9 +399,9 @@ IMAGES = {
         lambda net: captum.attr.Deconvolution(net),
     ),
     "GuidedGradCAM": (
-        lambda net: GuidedGradCAM(net, Target("y", Y), "3"),
+        lambda net: GuidedGradCAM(net, Target("y", Y), str(last_map(net.module))),
         raw_guided_cam,
-        lambda net: captum.attr.GuidedGradCam(net, net[3]),
+        lambda net: captum.attr.GuidedGradCam(net, net[last_map(net)]),
     ),
     "FullGrad": (lambda net: FullGrad(net, Target("y", Y)), raw_full),
     "DeepLift": (
@@ -421,19 +430,26 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_methods_of_images(compare, name):
-    net = cnn()
+ONE_PASS = ["Saliency", "InputXGradient", "GradCAM", "GuidedBackprop", "Deconvolution", "GuidedGradCAM", "FullGrad"]
+
+
+@pytest.mark.parametrize(
+    ("make_net", "name"), [*((cnn, name) for name in IMAGES), *((vgg11, name) for name in ONE_PASS)]
+)
+def test_methods_of_images(compare, make_net, name):
+    """Two convolutions of 4 ms, where what a call costs beside them is seen best; and VGG11, at 64x64."""
+    net = cnn() if make_net is cnn else module(*vgg11()).requires_grad_(False)
+    batch, size = (16, 32) if make_net is cnn else (8, 64)
     make, by_hand, *peer = IMAGES[name]
     ours, form = make(net), by_hand(net)
     keys = [key for key in ours.out_keys if key[0] == "attribution"]
     if peer:
         theirs, options = peer[0](net.module), dict(*peer[1:])
     compare(
-        f"{name}, CNN 32x32, batch 16",
+        f"{name}, {'CNN' if make_net is cnn else 'VGG11'} {size}x{size}, batch {batch}",
         ours,
         form,
-        rows(16, 3, 32, 32),
+        rows(batch, 3, size, size),
         keys,
         at_most=1.1,
         peers={"Captum's": lambda td: theirs.attribute(td.get("x"), target=Y, **options)} if peer else None,
