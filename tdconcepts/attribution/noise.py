@@ -14,6 +14,7 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import check_module, check_td, dispatch_rows
 from tdconcepts.hooks.batching import (
+    dense,
     expand,
     gather,
     groups,
@@ -117,7 +118,7 @@ class SmoothGrad(Replaceable, TensorDictModuleBase):
         check_norms(self._norms, "draws")
         finite(tensordict, self._noisy, self.check_finite)
         keys = [*self.explainer.in_keys, *self.optional_keys]
-        inputs = tensordict.select(*keys, strict=False)
+        inputs = dense(tensordict, keys)
         held = self.hold(inputs) if tensordict.get(HELD) is None else tensordict.get(HELD)
         if held is not None:
             inputs.set(HELD, held)
