@@ -576,10 +576,11 @@ def test_memory_of_integrated_gradients(compare, name, make, shape):
     compare.benchmark.pedantic(ours, setup=lambda: ((rows(1, *shape),), {}), rounds=1)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_vargrad_of_pnpxai(compare, batch):
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("draws", [20, 100])
+def test_vargrad_of_pnpxai(compare, batch, draws):
     """Its numbers are others: it subtracts the mean, not its square; relative noise, one draw after the other."""
-    net, draws = mlp(17, 64, 64, 6), 20
+    net = mlp(17, 64, 64, 6)
     theirs = oracle("pnpxai.explainers").VarGrad(net.module, noise_level=0.1, n_iter=draws)
     compare(
         f"VarGrad, {draws} draws, MLP 17-64-64-6, batch {batch} / PnPXAI",
