@@ -8,6 +8,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts import Target
+from tdconcepts.hooks import signs
 from tdconcepts.hooks.signs import known_positive, note_sign
 from tdconcepts.lrp import LRP, Composite, EpsilonPlus, signed
 
@@ -38,6 +39,17 @@ def test_what_is_known():
     assert not known_positive(y)
 
 
+@pytest.mark.parametrize("name", sorted(signs._KNOWN))
+def test_what_is_known_is_so(name):
+    function = next(getattr(home, name) for home in (F, torch, torch.Tensor) if hasattr(home, name))
+    n = int(name[-2]) if "pool" in name else 2
+    more = {"pool": (2,), "softmax": (-1,), "reshape": ((-1,),), "view": (-1,), "dropout": (0.5, True)}
+    args = next((more[part] for part in more if part in name), ())
+    x = torch.randn(2, *[4] * n)
+    output = function(x if name in signs._MAKE else x.abs(), *args)
+    assert (output >= 0).all()
+
+
 class Net(nn.Module):
     """What the second layer sees is made of a magnitude, by an operation in place or not."""
 
@@ -54,7 +66,7 @@ CHANGES = {
     "nothing": lambda x: x,
     "in place": lambda x: x.sub_(0.3),
     "subtracted": lambda x: x - 0.3,
-    "an entry": lambda x: x.index_fill_(1, torch.tensor([1]), -2.0),
+    "a product": lambda x: x.mul_(torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, 1.0])),
     "a view": lambda x: x.view(-1, 2, 3).sub_(0.3).view(-1, 6),
     "a view of all": lambda x: (x[:, :2].mul_(-1), x)[1],
 }
@@ -64,7 +76,7 @@ CHANGES = {
 def test_rules_see_what_they_would_see_by_looking(change, monkeypatch):
     net = TensorDictModule(Net(change).double(), ["x"], ["y"])
     td = TensorDict(x=torch.randn(3, 4).double(), batch_size=[3])
-    composite = Composite({nn.Linear: signed.ZPlusRule()}, on_missing="gradient")
+    composite = EpsilonPlus() | Composite({nn.Linear: signed.ZPlusRule()}, on_missing="gradient")
     explain = LRP(net, composite, Target("y", 0))
     found = explain(td.copy())["attribution", "x"]
     monkeypatch.setattr(signed, "known_positive", lambda x: False)
