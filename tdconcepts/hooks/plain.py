@@ -35,9 +35,8 @@ def call_stage(stage: TensorDictModuleBase, td: TensorDictBase) -> TensorDictBas
     found = made if isinstance(made, tuple) else (made,)
     if len(found) != len(keys) or not all(map(_is_tensor, found)):
         return TensorDictModule(lambda *_: made, stage.in_keys, keys)(td)
-    with (
-        torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING
-    ):  # no operation of its own
+    unseen = torch._C.DisableTorchFunction() if torch._C._len_torch_function_stack() else _NOTHING
+    with unseen:  # writing is no operation of the model
         for key, value in zip(keys, found, strict=True):
             if key != "_":
                 td.set(key, value)

@@ -168,7 +168,7 @@ class Pullback:
             if any([s.version is not None and s.value._version != s.version for s in seen]):  # noqa: C419 - faster
                 self._unchanged = False  # something does, and the values at sites are to be copied
                 how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
-                return self(td, points, **how, owner=owner)
+                return self(td, points, **how, owner=owner, onto=onto)
             pull = vector_jacobian if onto is None else onto.pull
             found = pull(values, [s.handle for s in seen], several, create_graph, width, self._name)
             gradients, where = [], []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import threading
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +13,22 @@ from torch.compiler import is_compiling
 __all__ = ["known_positive", "note_sign"]
 
 _MAKE = frozenset({"relu", "relu6", "abs", "square", "sigmoid", "softmax", "exp"})
-_KEEP = frozenset(
-    {f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
+_KEEP = frozenset(  # average pooling in two dims is not among them: its divisor may be any number
+    {f"{kind}_pool{n}d" for kind in ("max", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)}
     | {"dropout", "flatten", "reshape", "view", "mean", "sum"}
 )
 _KNOWN = _MAKE | _KEEP
+_LAST = 8  # a layer reads what was made shortly before
+
+
+class _Noted(threading.local):
+    """On each thread the last tensors that are not negative, with the number of their version then."""
+
+    def __init__(self) -> None:
+        self.last: collections.deque[tuple[weakref.ref[Tensor], int]] = collections.deque(maxlen=_LAST)
+
+
+_NOTED = _Noted()
 
 
 def note_sign(name: str, args: tuple[Any, ...], output: Any) -> Any:
@@ -34,7 +48,7 @@ def note_sign(name: str, args: tuple[Any, ...], output: Any) -> Any:
     """
     if name in _KNOWN and not is_compiling() and isinstance(output, Tensor) and not output.is_inference():
         if name in _MAKE or known_positive(args[0] if args else None):
-            output._not_negative = output._version  # type: ignore[attr-defined]
+            _NOTED.last.append((weakref.ref(output), output._version))
     return output
 
 
@@ -46,5 +60,5 @@ def known_positive(value: Any) -> bool:
         >>> known_positive(torch.ones(1))  # it is not negative, but nobody has said so
         False
     """
-    version = getattr(value, "_not_negative", None)
-    return version is not None and version == value._version
+    last = _NOTED.last if isinstance(value, Tensor) else ()
+    return any([made() is value and value._version == version for made, version in last])  # noqa: C419 - faster

@@ -22,6 +22,10 @@ def test_what_is_known():
     x = torch.randn(2, 3, 4, 4)
     assert not known_positive(x)
     assert not known_positive(None)
+    gone = x.relu()
+    note_sign("relu", (x,), gone)
+    del gone
+    assert not known_positive(None)  # what a reference to it gives now
     y = x.relu()
     assert not known_positive(y)
     assert noted("relu", x, y)
@@ -31,6 +35,7 @@ def test_what_is_known():
     assert not noted("split", y, y.split(1))
     with torch.inference_mode():  # where versions are not counted
         assert not noted("relu", x, x.relu())
+    assert not vars(y)  # nothing is left on a caller's tensor
     note_sign("mean", (), y)  # its argument had a name
     view = y.view(-1)
     assert noted("view", y, view)
