@@ -60,5 +60,6 @@ def known_positive(value: Any) -> bool:
         >>> known_positive(torch.ones(1))  # it is not negative, but nobody has said so
         False
     """
-    last = _NOTED.last if isinstance(value, Tensor) else ()
-    return any([made() is value and value._version == version for made, version in last])  # noqa: C419 - faster
+    if not isinstance(value, Tensor):
+        return False
+    return any([made() is value and value._version == version for made, version in _NOTED.last])  # noqa: C419 - faster
