@@ -125,8 +125,8 @@ def rows_of(
             For one a choice is at most three copies of the batch, so that everything stays within four times the memory
             of one pass through it (and a copy that torch makes of a layer's weights for two rows or more). Rows whose
             widest layer is below 32 kB may make half a MB there, which is some 2 MB in all: three of them at a time
-            would take ten times as long, and save nothing that counts. So may any rows for several targets. (Three
-            images of 32x32 pixels at a time take half as long again as eight: that is ``chunk_size=8``.)
+            would take twenty times as long, and save nothing that counts. So may any rows for several targets.
+            (Three images of 32x32 pixels at a time take twice as long as eight: that is ``chunk_size=8``.)
     """
     if chunk_size is not None:
         return chunk_size
