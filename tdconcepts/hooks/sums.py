@@ -23,8 +23,7 @@ class PathSum:
 
     Where one convolution or matrix product reads an entry, and nothing else does, what flows back is summed at its
     output and pulled through it once, at the end: it is the same linear map for all copies. That is seen in the graph,
-    so nothing has to be known of the network. (For images the way back through the first layer takes a third of a
-    pass through a small network, and half of one with many targets.)
+    so nothing has to be known of the network.
 
     Args:
         module: what is explained.
