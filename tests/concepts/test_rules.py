@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.autograd import forward_ad
 
 from tdconcepts.concepts.rules import LogicRules, RuleLikelihood, RuleSelector
 from tdconcepts.concepts.spec import ConceptSpec
@@ -90,6 +91,30 @@ def test_rows_in_parts_give_the_same_as_all_at_once(monkeypatch, kind, shape):
     torch.testing.assert_close(found[0][0], slow)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (1,), ()])
+@pytest.mark.parametrize("kind", ["soft", "argmax"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, for tangents
+def test_without_a_graph_the_parts_share_memory_and_nothing_else_changes(monkeypatch, kind, shape):
+    """Also below ``vmap`` and with tangents, where there is no such memory; what was given stays as it was."""
+    model = set_roles(rules(roles=kind), [["+-0", "000"], ["++-", "-0+"]])
+    model.memory.data.mul_(torch.rand(model.memory.shape) < 0.5)
+    c, selection = torch.rand(*shape, 3).double(), torch.rand(*shape, 2, 2).double()
+    before, w = c.clone(), model.roles().detach()
+    slow = (w[..., 2] + c[..., None, None, :] * w[..., 0] + (1 - c[..., None, None, :]) * w[..., 1]).prod(-1)
+    for factors in (2**18, 24, 1):
+        monkeypatch.setattr("tdconcepts.concepts.rules._FACTORS", factors)
+        with torch.no_grad():
+            torch.testing.assert_close(model(c, selection)[0], slow)
+            mapped = torch.vmap(model)(c.expand(2, *c.shape), selection.expand(2, *selection.shape))[0]
+            torch.testing.assert_close(mapped, slow.expand_as(mapped))
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(model(forward_ad.make_dual(c, torch.ones_like(c)), selection)[0])
+        torch.testing.assert_close(found.primal, slow)
+        ahead = model(c + 1e-6, selection)[0].detach()
+        torch.testing.assert_close(found.tangent, (ahead - slow) / 1e-6, atol=1e-4, rtol=1e-4)
+        assert torch.equal(c, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
