@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadType, BadValue, nearest
-from tdconcepts.hooks.flows import by_formula, changed, depends, operation_name, tensors
+from tdconcepts.hooks.flows import by_formula, changed, depending, depends, operation_name, tensors
 from tdconcepts.hooks.kept import Kept
 from tdconcepts.hooks.sites import is_compiled
 
@@ -69,7 +69,16 @@ class Call:
         "written",
     )
 
-    def __init__(self, name: str, function: Any, args: Any, kwargs: Any, output: Any, how: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        how: Any,
+        inputs: list[Tensor] | None = None,
+    ) -> None:
         self.name, self.function, self.args, self.kwargs, self.output = name, function, args, kwargs, output
         self.how: Any = how.how if isinstance(how, Call) else how
         self.convention, self.ends, self.safe, self.report = how.convention, how.ends, how.safe, how.report
@@ -77,7 +86,7 @@ class Call:
         self.folded: tuple[Tensor, Tensor] | None = None
         self.found: Any = None
         self.written: Tensor | None = None
-        self._inputs: list[Tensor] | None = None
+        self._inputs = inputs
 
     def passed_on(self, value: Tensor) -> Call:
         """The same call, of whose output ``value`` has been made."""
@@ -94,10 +103,7 @@ class Call:
     def inputs(self) -> list[Tensor]:
         """The tensors it was given that the explained entry may have a part in."""
         if self._inputs is None:
-            given = [*self.args, *self.kwargs.values()]
-            if any([isinstance(value, (tuple, list, dict)) for value in given]):  # noqa: C419 - faster
-                given = tensors(given)
-            self._inputs = [value for value in given if depends(value)]
+            self._inputs = depending(self.args, self.kwargs)
         return self._inputs
 
     @property

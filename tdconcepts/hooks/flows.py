@@ -172,7 +172,7 @@ _SAME = {
     "bmm": "matmul",
     "mm": "matmul",
 }
-_SPELLINGS = {name: _spelling(name) for name in (*dir(torch.Tensor), *dir(torch))}
+_SPELLINGS = {name: _spelling(name) for name in (*dir(torch.Tensor), *dir(torch))} | {"_threshold": "threshold"}
 _INPLACE = frozenset(
     name
     for name in dir(torch.Tensor)
@@ -198,17 +198,19 @@ def depends(value: Any) -> bool:
         value = under_vmap(value)
         if not value.requires_grad or isinstance(value, nn.Parameter):
             return False
-    node = value.grad_fn
-    if node is None or type(node) in _NODES:
-        return not getattr(node, "constant", False)
-    nodes: list[Any] = [node]
+    nodes: list[Any] = [value.grad_fn]
+    if nodes[0] is None:
+        return True
     seen = 0
     while nodes and seen < 8:  # made of parameters, the graph is small: a weight's square, its normalisation
         node = nodes.pop()
         seen += 1
-        if getattr(node, "constant", False):
-            continue
-        if type(node) in _NODES or type(node).__name__.startswith("Embedding"):  # tokens, not parameters alone
+        kind = type(node)
+        if kind in _NODES:
+            if getattr(node, "constant", False):
+                continue
+            return True
+        if kind.__name__.startswith("Embedding"):  # tokens, not parameters alone
             return True
         below = node.next_functions
         if not below:
@@ -217,6 +219,14 @@ def depends(value: Any) -> bool:
             continue
         nodes += [other for other, _ in below[::-1] if other is not None]  # what comes first is mostly no parameter
     return bool(nodes)
+
+
+def depending(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call that the explained entry may have a part in."""
+    given = [*args, *kwargs.values()]
+    if any([isinstance(value, (tuple, list, dict)) for value in given]):  # noqa: C419 - faster
+        given = tensors(given)
+    return [value for value in given if depends(value)]
 
 
 def under_vmap(value: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
-from tdconcepts.errors import BadKey, nearest
+from tdconcepts.errors import BadKey, BadValue, nearest
 from tdconcepts.hooks.contexts import hold, release
 from tdconcepts.hooks.sites import Place, Site, matches, module_paths, place_of_entry, places
 from tdconcepts.hooks.stages import writer
 from tdconcepts.keys import NestedKey, as_key, key_text
 
-__all__ = ["anchor", "locate"]
+__all__ = ["anchor", "locate", "one_place"]
 
 
 def locate(model: nn.Module, what: NestedKey | Site, paths: Mapping[str, nn.Module] | None = None) -> list[Place]:
@@ -94,3 +94,30 @@ class anchor:  # noqa: N801 - used as capture and patch are
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+
+def one_place(model: nn.Module, what: NestedKey | Site) -> Place:
+    """The place of an entry, or of a site that names one.
+
+    Args:
+        model: where to look.
+        what: a site, or the key of an entry.
+
+    Raises:
+        BadKey: where there is none. BadValue: for a site that names several.
+
+    Examples:
+        >>> one_place(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), Site("1")).name
+        '1'
+    """
+    found = locate(model, what)
+    call = found[0].call
+    if len(found) > 1 or call == "all" or (isinstance(call, int) and call < -1):
+        names = [place.name for place in found]
+        raise BadValue(
+            f"{what!r} names several places",
+            got=f"{names[:6]}",
+            needed="one",
+            fix="a list of sites, each with one call",
+        )
+    return found[0]

@@ -13,13 +13,14 @@ from torch import Tensor
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks.batching import align, dense
 from tdconcepts.hooks.calling import explained, missing_entries
-from tdconcepts.hooks.contexts import acted_on, run_under
+from tdconcepts.hooks.contexts import acted_on, active, run_under
 from tdconcepts.hooks.jacobian import differentiable, new_leaf, seeds, vector_jacobian
 from tdconcepts.hooks.leaves import pick
-from tdconcepts.hooks.locate import locate
+from tdconcepts.hooks.locate import one_place
+from tdconcepts.hooks.nodes import AtNodes
 from tdconcepts.hooks.plain import call_stage
 from tdconcepts.hooks.plans import Bound, Plan, Run, Step, Stop, stopping
-from tdconcepts.hooks.sites import Place, Site
+from tdconcepts.hooks.sites import Site
 from tdconcepts.hooks.stages import check_module, containers, needed, overlap, overwrites_nothing
 from tdconcepts.hooks.sums import PathSum
 from tdconcepts.hooks.targets import Target
@@ -76,7 +77,7 @@ class Pullback:
         self.target, self._name = target, getattr(target, "name", "")
         self.wrt = self._checked_wrt(wrt)
         self._entries = [key for key in self.wrt if not isinstance(key, Site) and key in module.in_keys]
-        self._places = {w: self._one_place(w) for w in self.wrt if w not in self._entries}
+        self._places = {w: one_place(self.module, w) for w in self.wrt if w not in self._entries}
         self._program = program
         steps = list(program.steps) if program else [Step(place, Watch(w)) for w, place in self._places.items()]
         steps = steps if rules is None else rules.around(module, steps)
@@ -84,7 +85,7 @@ class Pullback:
         keep = [place.module for place in self._places.values()]
         self._read = None
         if isinstance(target.of, Site):
-            place = self._one_place(target.of)
+            place = one_place(self.module, target.of)
             self._read = Read(target.of)
             steps.append(Step(place, self._read))
             keep.append(place.module)
@@ -98,7 +99,10 @@ class Pullback:
             self.stages, self._passed = [module], []
         if program is not None:
             steps = list(stopping(steps)) if program.stop else steps
-        self.plan = Plan(module, steps, program.only_through if program else ())
+        only = program.only_through if program else ()
+        self.plan, self._nodes = Plan(module, steps, only), AtNodes.of(rules)
+        unruled = [step for step in steps if not hasattr(step.act, "operate")]
+        self._bare = self.plan if self._nodes is None else Plan(module, unruled, only)
         self.in_keys = self._needed_keys()
         self._unchanged = overwrites_nothing(module)  # as far as anybody can tell
 
@@ -133,6 +137,7 @@ class Pullback:
         width: int | None = None,
         owner: object = None,
         onto: PathSum | None = None,
+        at_calls: bool = False,
     ) -> Pulled:
         """Run the module once and pull the target back.
 
@@ -145,6 +150,7 @@ class Pullback:
             width: how many targets are pulled back at once; default: all.
             owner: whose standing run this one stands in for.
             onto: what gradients of entries are added to, and then not returned.
+            at_calls: whether rules are to look at calls, also where they can be hung on the nodes of a graph.
 
         Raises:
             BadKey: an entry is missing. BadType: an integer entry is asked for gradients.
@@ -154,10 +160,12 @@ class Pullback:
         self.check_inputs(td, points)
         if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
             return self._functional(td, points, create_graph, held, width, owner)
+        nodes = None if at_calls or create_graph or onto is not None or active() else self._nodes
+        how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
         with differentiable():
             leaves: Any = {k: new_leaf(points[k] if k in points else td.get(k), create_graph) for k in self._entries}
             work = dense(td, self.reads(td), leaves)
-            run = Run(self.plan, work, owner)
+            run = Run(self.plan if nodes is None else self._bare, work, owner)
             run.store["points"] = points
             run.store["unchanged"] = snapshot and self._unchanged and not create_graph
             run.store["snapshot"] = snapshot and not self._unchanged
@@ -167,10 +175,13 @@ class Pullback:
             seen = [run.store[w] if w in self._places else Seen(leaves[w], handle=leaves[w]) for w in self.wrt]
             if any([s.version is not None and s.value._version != s.version for s in seen]):  # noqa: C419 - faster
                 self._unchanged = False  # something does, and the values at sites are to be copied
-                how: Any = {"create_graph": create_graph, "snapshot": snapshot, "held": held, "width": width}
-                return self(td, points, **how, owner=owner, onto=onto)
-            pull = vector_jacobian if onto is None else onto.pull
+                return self(td, points, **how, owner=owner, onto=onto, at_calls=at_calls)
+            pull: Any = vector_jacobian if onto is None else onto.pull
+            pull = pull if nodes is None else nodes.pull  # which gives None where a call has to be looked at
             found = pull(values, [s.handle for s in seen], several, create_graph, width, self._name)
+            if found is None:
+                self._nodes = None
+                return self(td, points, **how, owner=owner)
             gradients, where = [], []
             for w, gradient, one in zip(self.wrt, found, seen, strict=onto is None):
                 gradients.append(self._shaped(w, gradient, one, values, td, several))
@@ -355,19 +366,6 @@ class Pullback:
                 "nothing to explain by, or the same twice", got=f"wrt={list(given)}", needed="entries and sites"
             )
         return checked
-
-    def _one_place(self, what: Wrt) -> Place:
-        found = locate(self.module, what)
-        call = found[0].call
-        if len(found) > 1 or call == "all" or (isinstance(call, int) and call < -1):
-            names = [place.name for place in found]
-            raise BadValue(
-                f"{what!r} names several places",
-                got=f"{names[:6]}",
-                needed="one",
-                fix="a list of sites, each with one call",
-            )
-        return found[0]
 
     def _needed_keys(self) -> list[NestedKey]:
         written: set[NestedKey] = set()

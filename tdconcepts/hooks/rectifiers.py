@@ -31,6 +31,11 @@ class GuidedBackpropRule(Rule):
     """
 
     forms: ClassVar[Any] = ("relevance",)
+    on_nodes: ClassVar[bool] = True
+
+    def hang(self, node: Any) -> Any:
+        """What flows in is positive, and then its own backward pass."""
+        return node.register_prehook(_positive_only)
 
     def carry(self, call: Call) -> Tensor:
         """A ReLU."""
@@ -57,6 +62,11 @@ class DeconvNetRule(Rule):
     """
 
     forms: ClassVar[Any] = ("relevance",)
+    on_nodes: ClassVar[bool] = True
+
+    def hang(self, node: Any) -> Any:
+        """What flows out is what flows in, where that is positive."""
+        return node.register_hook(lambda out, flows: _positive_only(flows))
 
     def carry(self, call: Call) -> Tensor:
         """A ReLU."""
@@ -77,6 +87,11 @@ def rectified(rule: Rule, call: Call) -> list[Tensor]:
 
 def _positive(flow: Tensor) -> tuple[Tensor]:
     return (flow.clamp(min=0),)
+
+
+def _positive_only(flows: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The same at a node, where nothing may flow."""
+    return tuple([None if flow is None else flow.clamp(min=0) for flow in flows])
 
 
 def _guided(flow: Tensor, output: Tensor) -> tuple[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks.calls import (
@@ -19,34 +19,19 @@ from tdconcepts.hooks.calls import (
     check_convention,
     layer_of,
     refuse_hidden,
-    refuse_middle,
 )
-from tdconcepts.hooks.contexts import active
-from tdconcepts.hooks.flows import backward_by, changed, depends, is_inplace, operation_name, overwrite, tensors
+from tdconcepts.hooks.flows import changed, depends, tensors
 from tdconcepts.hooks.hooked import Hooked
-from tdconcepts.hooks.kept import Scale, overwrites, spare
-from tdconcepts.hooks.nesting import alone, overruled, refuse_mixture, yields
+from tdconcepts.hooks.kept import Scale, spare
+from tdconcepts.hooks.nesting import overruled, refuse_mixture
+from tdconcepts.hooks.operating import How, Operate, joined, watched
 from tdconcepts.hooks.plans import Bound, Run, Step
 from tdconcepts.hooks.programs import Programs, _Adds
-from tdconcepts.hooks.signs import note_sign
 from tdconcepts.hooks.sites import Place, Site, places
 from tdconcepts.hooks.stages import overwrites_nothing
 from tdconcepts.hooks.wrapped import Wrapped
 
 __all__ = ["Call", "Convention", "Rule", "Rules", "check_convention"]
-
-
-class _How:
-    """How the rules of one binding are carried out."""
-
-    __slots__ = ("convention", "ends", "joins", "keeps", "lean", "remembers", "report", "safe")
-
-    def __init__(self, rules: Rules, safe: bool) -> None:
-        self.keeps = rules.lean and rules.sees_operations  # without a copy, as operations in place are seen
-        self.convention, self.ends, self.report, self.safe = rules.convention, rules.ends, rules.report, safe
-        self.lean, self.joins = rules.lean, rules.lean and rules.report is None and rules.convention == "gradient"
-        chosen = [rule for _, rule in rules.modules] + list(rules.operations.values()) + list((rules.first or ())[1:])
-        self.remembers = self.joins or any(rule.reads_before for rule in chosen)  # else others can have the memory
 
 
 class Rule:
@@ -57,8 +42,11 @@ class Rule:
     the input, so in the gradient convention it ends the propagation. ``reads_before``: it asks which call came before.
     ``passes_on``: relevance passes from its output to its one input as it is, and ``takes_on``: it can start from the
     relevance of a value that such a rule has made of its output (:attr:`Call.written`); see :class:`Rules`, ``lean``.
+    ``on_nodes``: for a function it does no more than change what flows into or out of its own backward pass, which
+    :meth:`hang` does to a node of a graph.
 
     Examples:
+        >>> from tdconcepts.hooks.flows import backward_by
         >>> class Double(Rule):
         ...     def carry(self, call):
         ...         return backward_by(lambda flow: (2 * flow,), call.output, call.inputs, keep=False)
@@ -74,6 +62,7 @@ class Rule:
     reads_before: ClassVar[bool] = False
     passes_on: ClassVar[bool] = False
     takes_on: ClassVar[bool] = False
+    on_nodes: ClassVar[bool] = False
 
     def carry(self, call: Call) -> Any:
         """The output of ``call``, with the backward pass of this rule."""
@@ -82,6 +71,10 @@ class Rule:
     def prepare(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """What an operation is called with, in the place of what it was given."""
         return args, kwargs
+
+    def hang(self, node: Any) -> Any:
+        """Hang this rule on a node of a graph, and return the handle that takes it down."""
+        raise NotImplementedError
 
     def is_plain(self, convention: Convention, name: str = "") -> bool:
         """Whether it is the ordinary backward pass, so that a layer needs no tap; ``name``: of an operation."""
@@ -149,6 +142,13 @@ class Rules(_Adds):
         return bool(self.operations) or self.first is not None or self.unknown is not None
 
     @property
+    def on_nodes(self) -> bool:
+        """Whether they can be hung on the nodes of a graph: rules for functions only, that all can."""
+        if self.modules or self.first is not None or self.report is not None:
+            return False
+        return bool(self.operations) and all(rule.on_nodes for rule in self.operations.values())
+
+    @property
     def report(self) -> Callable[..., None] | None:
         """Who is told what flows, if anybody is."""
         found: Callable[..., None] | None = getattr(self.unknown, "report", None)
@@ -172,7 +172,7 @@ class Rules(_Adds):
                 chosen[place.module] = (place, rule)
         refuse_hidden(module, ((place.name, layer) for layer, (place, _) in chosen.items()))
         self._check_forms([(place.name, rule) for place, rule in chosen.values()])
-        how = _How(self, overwrites_nothing(module))
+        how = How(self, overwrites_nothing(module))
         steps = []
         for place, rule in chosen.values():
             if rule.is_plain(self.convention) and not (self.report or self.first):
@@ -185,7 +185,7 @@ class Rules(_Adds):
             steps.append(Step(place._replace(side="output"), leave, every=True, whole=True))
         if self.sees_operations:
             whole = _whole(module)._replace(side="input")
-            steps.append(Step(whole, _Operate(self, how), every=True, whole=True))
+            steps.append(Step(whole, Operate(self, how), every=True, whole=True))
         return [Bound(tuple(steps))]
 
     def around(self, module: nn.Module, steps: list[Step]) -> list[Step]:
@@ -242,7 +242,7 @@ class _Enter:
 class _Leave:
     """The step at a ruled module's output."""
 
-    def __init__(self, place: Place, rule: Rule, how: _How, first: Any) -> None:
+    def __init__(self, place: Place, rule: Rule, how: How, first: Any) -> None:
         self.place, self.rule, self.how = place, rule, how
         self.first = first[1] if first is not None and first[0](place.module) else None
 
@@ -270,130 +270,6 @@ class _Leave:
         output = watched(carried(rule, call), self.how, self.place.name, rule, "out")
         run.store["last call"] = (rule, call, output) if self.how.remembers else None
         return output
-
-
-class _Operate:
-    """What a function mode does with each call of a function."""
-
-    def __init__(self, rules: Rules, how: _How) -> None:
-        self.covers, self.how, self.first, self.unknown = rules.operations, how, rules.first, rules.unknown
-        acts = {n: r for n, r in rules.operations.items() if not r.is_plain(rules.convention) or rules.report}
-        self.operations = acts if rules.first is None else rules.operations
-
-    def __call__(self, tree: Any, run: Run, given: Any) -> Any:
-        return tree
-
-    def operate(self, run: Run, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func`` under the rule of its name, if there is one."""
-        name = operation_name(func)
-        if overwrites(func, kwargs):
-            spare(args[:1], kwargs.get("out"))
-        runs = active()
-        if len(runs) > 1:
-            if yields(run, name):
-                return func(*args, **kwargs)
-            if name in self.covers:
-                with alone(run):
-                    return self._operated(run, name, func, args, kwargs)
-        return note_sign(name, args, self._operated(run, name, func, args, kwargs))
-
-    def _operated(self, run: Run, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        rule = self.operations.get(name)
-        if rule is None and (self.unknown is None or self.unknown.knows(name)):
-            output = func(*args, **kwargs)
-            if isinstance(output, Tensor):  # no question for a shape, but an operation
-                run.store.pop("last call", None)
-            return output
-        if not (args and depends(args[0])) and not any(map(depends, tensors((args, kwargs)))):
-            return func(*args, **kwargs)
-        if rule is None:
-            output = func(*args, **kwargs)
-            if any(map(depends, tensors(output))):
-                self.unknown(name)
-            return output
-        if len(active()) > 1:
-            refuse_mixture(run, self.how.convention, rule, name)
-        if self.first is not None and "first layer" not in run.store and self.first[0](name):
-            run.store["first layer"] = name
-            rule = self.first[1]
-        inplace, first = is_inplace(func), args[0] if args else None
-        target = first if inplace or kwargs.get("inplace") is True else None
-        last = run.store.pop("last call", None)
-        before = last if last is not None and first is last[2] else None
-        if before is None or not joins(rule, before, self.how):
-            plain = rule.is_plain(self.how.convention, name)
-            if plain and target is None and self.how.report is None:
-                return func(*args, **kwargs)
-            if target is not None and not plain:
-                args = (target.clone(), *args[1:])  # a rule may want what is written over
-        if target is not None and "inplace" in kwargs:
-            kwargs = {**kwargs, "inplace": False}
-        shown = name if self.how.report is None else _numbered(name, run)
-        given = (args, kwargs) = watched((args, kwargs), self.how, shown, rule, "in")
-        if rule.scaled and self.how.convention == "relevance":
-            args, kwargs = changed(given, Scale(self.how, seen=True))
-        args, kwargs = rule.prepare(name, args, kwargs)
-        output = func(*((args[0].clone(), *args[1:]) if inplace else args), **kwargs)
-        made = (output,) if isinstance(output, Tensor) else tensors(output)
-        if not any([value.is_floating_point() for value in made]):  # noqa: C419 - faster
-            return _written(output, target)
-        call = Call(name, func, args, kwargs, output, self.how)
-        call.before = before
-        rule, call = joined(rule, call)
-        output = watched(carried(rule, call), self.how, shown, rule, "out")
-        output = _written(output, target)
-        run.store["last call"] = (rule, call, output) if self.how.remembers else None
-        return output
-
-
-def _written(output: Any, target: Tensor | None) -> Any:
-    """The output, written over ``target`` where the operation was one in place."""
-    if target is None:
-        return output
-    spare(target)  # of which the rule may just have kept something
-    return overwrite(target, output)
-
-
-def joins(rule: Rule, before: tuple[Rule, Call, Any], how: _How) -> bool:
-    """Whether ``rule`` and that of the call before become one step."""
-    return how.joins and rule.passes_on and before[0].takes_on
-
-
-def joined(rule: Rule, call: Call) -> tuple[Rule, Call]:
-    """The rule and the call to carry: those of the call before, if both become one step."""
-    if call.before is not None and joins(rule, call.before, call.how):
-        other, before, _ = call.before
-        if isinstance(call.output, Tensor) and call.output.shape == before.output.shape:
-            return other, before.passed_on(call.output)
-    if rule.terminal and not call.carries_relevance:
-        refuse_middle(call, rule)
-    return rule, call
-
-
-def watched(tree: Any, how: _How, name: str, rule: Rule, side: str) -> Any:
-    """The same tree, whose flows are noted in the report, if there is one."""
-    if how.report is None:
-        return tree
-    note, relevance = how.report, how.convention == "relevance"
-
-    def watch(value: Tensor) -> Tensor:
-        if not depends(value):
-            return value
-
-        def formula(flow: Tensor, *kept: Tensor) -> tuple[Tensor]:
-            note(name, rule, side, flow, *kept)
-            return (flow,)
-
-        formula.reads_only = True  # type: ignore[attr-defined]
-        return backward_by(formula, value, [value], *([] if relevance else [value.clone()]), keep=False)
-
-    return changed(tree, watch)
-
-
-def _numbered(name: str, run: Run) -> str:
-    """The name of an operation in the report: ``"add"`` for its first call in a run, then ``"add#1"``, ``"add#2"``."""
-    times = run.store["times", name] = run.store.get(("times", name), -1) + 1
-    return f"{name}#{times}" if times else name
 
 
 def _whole(module: nn.Module) -> Place:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-__all__ = ["known_positive", "note_sign"]
+__all__ = ["known_positive", "note_sign", "tells_sign"]
 
 _MAKE = frozenset({"relu", "relu6", "abs", "square", "sigmoid", "softmax", "exp"})
 _KEEP = frozenset(  # average pooling in two dims is not among them: its divisor may be any number
@@ -29,6 +29,19 @@ class _Noted(threading.local):
 
 
 _NOTED = _Noted()
+
+
+def tells_sign(name: str) -> bool:
+    """Whether the output of an operation has no negative numbers, or none where its input has none.
+
+    Args:
+        name: of the operation, as :func:`~tdconcepts.hooks.flows.operation_name` gives it.
+
+    Examples:
+        >>> tells_sign("relu"), tells_sign("linear")
+        (True, False)
+    """
+    return name in _KNOWN
 
 
 def note_sign(name: str, args: tuple[Any, ...], output: Any) -> Any:
