@@ -1,6 +1,6 @@
 """How to reach inside a model: sites, targets, programs, contexts and the pull-back."""
 
-from tdconcepts.hooks.calling import dispatch_rows
+from tdconcepts.hooks.calling import dispatch_rows, set_entries
 from tdconcepts.hooks.compiling import Compiled, CompileOptions
 from tdconcepts.hooks.conditions import Steps, When
 from tdconcepts.hooks.controls import MatchedNorm
@@ -53,5 +53,6 @@ __all__ = [
     "needed",
     "patch",
     "random_directions",
+    "set_entries",
     "stages",
 ]

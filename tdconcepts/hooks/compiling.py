@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadType, BadValue, TdConceptsError, nearest
-from tdconcepts.hooks.calling import explained, given, packed
+from tdconcepts.hooks.calling import explained, given, packed, set_entries
 from tdconcepts.hooks.contexts import active
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.stages import check_module
@@ -153,10 +153,8 @@ class Compiled(TensorDictModuleBase):
         tensors = [tensordict.get(key, None) for key in self._reads]
         batch = tensordict.batch_dims if tensors else tensordict.batch_size
         found = self._found(self._reads, tensors, batch, tensordict.device, settings, lambda: tensordict)
-        for key, value in zip(self._writes, found, strict=True):
-            if value is not None:
-                tensordict.set(key, value)
-        return tensordict
+        entries = {key: value for key, value in zip(self._writes, found, strict=True) if value is not None}
+        return set_entries(tensordict, entries)
 
     def _steps_back(self) -> bool:
         """Whether the stage itself is to run: something else compiles or transforms it, or steers its keys."""
@@ -179,12 +177,14 @@ class Compiled(TensorDictModuleBase):
         if not self._last[2]:
             self._look(whole(), settings)
         try:
-            found = _outside(graph, tensors) if apart else graph(*tensors)
+            found, masks = _outside(graph, tensors) if apart else graph(*tensors)
         except Exception as error:
             raise self._reason(error, whole(), settings) from error
         if self._met:
             self._listen()
-        return found
+        if not masks:
+            return found
+        return tuple([value.view(torch.bool) if i in masks else value for i, value in enumerate(found)])
 
     def _graph(self, keys: Any, batch: Any, device: Any, settings: dict[str, Any]) -> Callable[..., tuple[Any, ...]]:
         """The compiled function for these entries under the hooks and contexts of now."""
@@ -204,6 +204,8 @@ class Compiled(TensorDictModuleBase):
 
     def _compiled(self, keys: Any, batch: Any, device: Any, settings: dict[str, Any]) -> Callable[..., Any]:
         stage, out_keys = self.stage, self._writes
+        options: dict[str, Any] = {"recompile_limit": _LIMIT, **self.options}
+        by_inductor = options.get("backend", "inductor") == "inductor"
 
         def run(*tensors: Tensor) -> tuple[Any, ...]:
             size = tensors[0].shape[:batch] if tensors else batch
@@ -211,14 +213,17 @@ class Compiled(TensorDictModuleBase):
             for key, value in zip(keys, tensors, strict=True):
                 td.set(key, value)
             out = stage(td, **settings)
-            return tuple([out.get(key, None) for key in out_keys])
+            found = [out.get(key, None) for key in out_keys]
+            masks = [i for i, value in enumerate(found) if by_inductor and _is_mask(value)]
+            for i in masks:  # inductor writes bytes sixteen at a time, and bools one by one
+                found[i] = found[i].to(torch.int32).to(torch.uint8)
+            return tuple(found), tuple(masks)
 
         # Code of its own: torch keeps graphs, and what it has learned of sizes, with the code that they are of.
         code = run.__code__.replace(co_name=f"{type(stage).__name__}_{next(_NUMBERS)}")
         own = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-        options: dict[str, Any] = {"recompile_limit": _LIMIT, **self.options}
         inner: dict[str, Any] = {"guard_filter_fn": self._filter}
-        if options.get("backend", "inductor") == "inductor":
+        if by_inductor:
             inner["size_asserts"] = False  # the guards on tensors say it already
         inner |= options.pop("options", {})
         return torch.compile(own, fullgraph=True, options=inner, **options)
@@ -280,6 +285,10 @@ class Compiled(TensorDictModuleBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._listen()
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype is torch.bool and value.is_cpu
 
 
 def _needed(entries: Sequence[Any]) -> list[bool]:

@@ -5,13 +5,13 @@ import contextlib
 import pytest
 import torch
 from hooks.nets import batch, mlp
-from tensordict import TensorDict
+from tensordict import LazyStackedTensorDict, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, set_skip_existing
 from torch import nn
 
 from tdconcepts import Gradient, IntegratedGradients
 from tdconcepts.errors import BadKey, BadType, BadValue
-from tdconcepts.hooks import Add, Replace, Scale, Site, Target, capture, dispatch_rows, patch
+from tdconcepts.hooks import Add, Replace, Scale, Site, Target, capture, dispatch_rows, patch, set_entries
 
 
 class Adds(TensorDictModuleBase):
@@ -123,3 +123,30 @@ def test_an_entry_that_is_missing_is_what_is_needed():
     for name, words in ("obs", "needed:  'observation'"), ("observatoin", "did you mean 'observatoin'"):
         with pytest.raises(BadKey, match=f"(?s)no entry 'observation'.*{words}"):
             Gradient(model, Target("y", 0))(TensorDict({name: torch.randn(3, 4)}, batch_size=[3]))
+
+
+ENTRIES = {("n", "sum"): x + y, ("n", "more", "z"): y, ("made", "a"): x, "whole": y, ("made", "b"): y}
+PLACES = {
+    "plain": lambda: TensorDict({"x": x}, [3]),
+    "with the group": lambda: TensorDict({"x": x, "n": {"y": y}}, [3]),
+    "with a device": lambda: TensorDict({"x": x}, [3], device="cpu"),
+    "with names": lambda: TensorDict({"x": x}, [3], names=["row"]),
+    "without a batch": lambda: TensorDict({"x": x}),
+    "lazy": lambda: LazyStackedTensorDict(*TensorDict({"x": x}, [3]).unbind(0)),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_entries_at_once_are_entries_one_by_one(place):
+    td, expected = PLACES[place](), PLACES[place]()
+    for key, value in ENTRIES.items():
+        expected.set(key, value)
+    assert set_entries(td, ENTRIES) is td
+    assert set(td.keys(True)) == set(expected.keys(True))
+    assert (td == expected).all()
+    for group in ("n", "made", ("n", "more")):
+        assert td[group].batch_size == expected[group].batch_size
+        assert td[group].device == expected[group].device
+        assert td[group].names == expected[group].names
+    with pytest.raises(RuntimeError, match="locked"):
+        set_entries(td.lock_(), {"late": x})

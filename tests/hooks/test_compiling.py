@@ -89,6 +89,20 @@ def test_by_default_the_inductor_compiles():
     assert same(compiled) == 0
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_masks_leave_a_graph_of_the_inductor_as_bytes_and_come_as_masks():
+    compiled = Compiled(InterventionPipeline(UncertaintyPolicy(), GroundTruth("labels"), fraction=0.5))
+    td = TensorDict({"concepts": torch.rand(5, 12), "labels": torch.rand(5, 12).round()}, [5])
+    td["labels"][0, :8] = torch.nan
+    with torch._inductor.config.patch(compile_threads=1):
+        made = compiled(td.copy())
+        assert compiled(td["concepts"], td["labels"])[2].dtype is torch.bool
+    expected = compiled.stage(td.copy())
+    for key in compiled.out_keys:
+        assert made[key].dtype is expected[key].dtype
+        torch.testing.assert_close(made[key], expected[key], equal_nan=True, rtol=0, atol=0)
+
+
 class Squares(nn.Module):
     def __init__(self):
         super().__init__()
