@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def top_mask(score: Tensor, k: int) -> Tensor:
         score = score.detach()
     if torch.compiler.is_compiling() and n <= _FEW:
         return _paired_mask(score, k)
-    if torch.compiler.is_compiling() and _OPERATION and score.device.type == "cpu":
+    if torch.compiler.is_compiling() and _OPERATIONS and score.device.type == "cpu":
         return torch.ops.tdconcepts.top_mask(score, k)
     return _top_mask(score, k)
 
@@ -43,22 +44,32 @@ def prepare() -> None:
 
     Done when the first selection is built, not when this module is imported.
     """
-    if _OPERATION or torch.compiler.is_compiling():
+    if _OPERATIONS or torch.compiler.is_compiling():
         return
+    for name, function, dtype in (("top_mask", _top_mask, torch.bool), ("top_bytes", _top_bytes, torch.uint8)):
+        _OPERATIONS.append(_operation(name, function, dtype))
+
+
+_OPERATIONS: list[Any] = []
+
+
+def _operation(name: str, function: Callable[[Tensor, int], Tensor], dtype: torch.dtype) -> Any:
     schema = "(Tensor score, int k) -> Tensor"
-    operation = torch.library.custom_op("tdconcepts::top_mask", _top_mask, mutates_args=(), schema=schema)
-    operation.register_fake(lambda score, k: torch.empty_like(score, dtype=torch.bool))
+    operation = torch.library.custom_op(f"tdconcepts::{name}", function, mutates_args=(), schema=schema)
+    operation.register_fake(lambda score, k: torch.empty_like(score, dtype=dtype))
     operation.register_vmap(lambda info, dims, score, k: (operation(score.movedim(dims[0], 0), k), 0))
-    _OPERATION.append(operation)
+    return operation
 
 
-_OPERATION: list[Any] = []
+def _top_bytes(score: Tensor, k: int) -> Tensor:
+    """The mask as bytes, which a compiled loop reads sixteen at a time, and bools one by one."""
+    return _top_mask(score, k).view(torch.uint8)
 
 
 def _paired_mask(score: Tensor, k: int) -> Tensor:
     """The same by comparing each pair of columns, which the compiler makes one loop of, with what is around it."""
     if score.is_floating_point():
-        score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        score = torch.where(score == score, score, -torch.inf)
     own, other = score.unsqueeze(-1), score.unsqueeze(-2)
     earlier = torch.ones(score.shape[-1:] * 2, dtype=torch.bool, device=score.device).tril(-1)
     return torch.where(earlier, other >= own, other > own).sum(-1) < k
@@ -98,7 +109,11 @@ def counted_mask(score: Tensor, allowed: Tensor, counts: Tensor | int) -> Tensor
         [[0, 0, 1], [1, 0, 1]]
     """
     if isinstance(counts, int):
-        return top_mask(_ranked(score, allowed), min(counts, score.shape[-1])) & allowed
+        ranked, k = _ranked(score, allowed), min(counts, score.shape[-1])
+        in_graph = torch.compiler.is_compiling() and _OPERATIONS and score.device.type == "cpu"
+        if in_graph and score.shape[-1] > _FEW and 0 < k < score.shape[-1]:
+            return (torch.ops.tdconcepts.top_bytes(ranked, k).to(torch.int32) > 0) & allowed
+        return top_mask(ranked, k) & allowed
     return (_order(score, allowed).argsort(-1) < counts.unsqueeze(-1)) & allowed
 
 
@@ -142,7 +157,11 @@ def _ranked(score: Tensor, allowed: Tensor) -> Tensor:
     if not score.is_floating_point():
         score = score.double()
     low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
-    return torch.where(allowed, score.nan_to_num(low, high, low), -torch.inf)
+    if torch.compiler.is_compiling():  # which makes a loop of single numbers of nan_to_num
+        finite = torch.where(score == score, score.clamp(low, high), low)
+    else:
+        finite = score.nan_to_num(low, high, low)
+    return torch.where(allowed, finite, -torch.inf)
 
 
 def _is_plain(score: Tensor) -> bool:

@@ -140,6 +140,26 @@ def test_in_a_graph_it_is_one_operation_with_the_same_result(dtype):
         torch.library.opcheck(torch.ops.tdconcepts.top_mask.default, case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int64])
+@pytest.mark.parametrize(("columns", "k"), [(12, 5), (12, 0), (12, 12), (12, 30), (6, 2)])
+def test_of_those_allowed_in_a_graph_is_the_definition(dtype, columns, k):
+    prepare()
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(0, 4, (20, columns), generator=generator).to(dtype)
+    allowed = torch.rand(20, columns, generator=generator) < 0.6
+    if dtype.is_floating_point:
+        score[0, :4], score[1, :3] = torch.inf, torch.tensor([-torch.inf, torch.nan, -torch.inf])
+    expected = torch.tensor([slow_counted(row, open_, k) for row, open_ in zip(score, allowed, strict=True)])
+    assert torch.equal(counted_mask(score, allowed, k), expected)
+    for backend in "eager", "aot_eager":
+        compiled = torch.compile(lambda s, a: counted_mask(s, a, k), fullgraph=True, backend=backend)
+        assert torch.equal(compiled(score, allowed), expected)
+    mapped = torch.compile(torch.vmap(lambda s, a: counted_mask(s, a, k)), fullgraph=True, backend="eager")
+    assert torch.equal(mapped(score, allowed), expected)
+    torch.library.opcheck(torch.ops.tdconcepts.top_bytes.default, (score, 1))
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_few_columns_in_a_graph_are_the_definition(k):
     score = torch.tensor([[0.5, math.nan, 0.5, 3.0, 0.5], [math.inf, math.inf, -math.inf, math.nan, 1.0], [2.0] * 5])
