@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,6 +148,8 @@ def check_range(labels: Tensor, low: int, high: int, what: str) -> bool:
     if not is_visible(labels):
         return False
     labels = labels.detach() if labels.requires_grad else labels
+    if low == 0 and high == 1 and _are_bits_of_probabilities(labels):
+        return True
     lowest, highest = labels.aminmax()
     least, most = lowest.item(), highest.item()
     complete = least == least
@@ -158,6 +161,24 @@ def check_range(labels: Tensor, low: int, high: int, what: str) -> bool:
     if least < low or most > high:
         raise BadValue(what, got=f"{least:g} to {most:g}", needed=f"{low} to {high}")
     return complete
+
+
+_ONE: dict[torch.dtype, tuple[Any, int]] = {
+    torch.float32: (np.uint32, 0x3F800000),
+    torch.float64: (np.uint64, 0x3FF0000000000000),
+}
+"""A number without a sign of the same size, and what the bits of 1.0 are then."""
+
+
+def _are_bits_of_probabilities(labels: Tensor) -> bool:
+    """Whether all are seen to be in [0, 1], none NaN, in half the time that the smallest and the largest number take.
+
+    The bits of numbers from 0 to 1 are in the order of the numbers, and those of all others, NaN too, are above.
+    """
+    kind = _ONE.get(labels.dtype)
+    if kind is None or type(labels) is not Tensor or not labels.is_cpu:
+        return False
+    return bool(np.maximum.reduce(labels.numpy().view(kind[0]), axis=None) <= kind[1])
 
 
 def known_places(value: Tensor) -> Tensor | None:

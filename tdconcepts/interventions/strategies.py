@@ -73,8 +73,10 @@ class Do(ConceptStage):
             label = value.expand_as(like) if not value.ndim and self.space != "onehot" else value
             lead = () if label.ndim < 2 else label.shape[:-1]
             value = written(label, like.expand(*lead, -1), self.splice, self.space, "the values")
+        elif value is self.constant and not value.requires_grad:
+            value = value.clone()  # who writes into the entry does not change what is done next
         try:
-            return value.expand(concepts.shape)
+            return value.expand_as(concepts)
         except RuntimeError:
             got, needed = list(value.shape), f"what broadcasts to {list(concepts.shape)}"
             raise BadValue("the value does not fit the concepts", got=got, needed=needed) from None
@@ -122,9 +124,14 @@ class GroundTruth(ConceptStage):
         if not (missing is None or type(missing) in (int, float)):
             raise BadType("not a number", got=f"missing={missing!r}", needed="the number that stands for not known")
         super().__init__()
+        self._wrong = f"the labels in {self.key!r} are no probabilities"
 
     def reads(self, splice: Splice) -> list[NestedKey]:
         return [self.key]
+
+    def _place(self, splice: Splice) -> None:
+        super()._place(splice)
+        self._direct = (self.space or splice.space) in (None, "probs") and splice.continuous is None
 
     def bind(self, splice: Splice) -> ConceptStage:
         known = {self.space, splice.space}
@@ -142,11 +149,10 @@ class GroundTruth(ConceptStage):
 
     def known(self, concepts: Tensor, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
         labels = self._labels(concepts, tensordict)
-        direct = (self.space or self.splice.space) in (None, "probs") and self.splice.continuous is None
-        if not direct or labels.shape != concepts.shape:
+        if not self._direct or labels.shape != concepts.shape:
             value = self._written(labels, concepts)
             return value, known_places(value)
-        complete = check_range(labels, 0, 1, f"the labels in {self.key!r} are no probabilities")  # one look for both
+        complete = check_range(labels, 0, 1, self._wrong)  # one look for both
         value = labels if labels.dtype is concepts.dtype and labels.device == concepts.device else labels.to(concepts)
         return value, None if complete else known_places(value)
 

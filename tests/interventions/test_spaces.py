@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdconcepts.errors import BadValue
-from tdconcepts.interventions.spaces import EPS, as_space, known_places, spread, to_logits, written
+from tdconcepts.interventions.spaces import EPS, as_space, check_range, known_places, spread, to_logits, written
 from tdconcepts.interventions.splice import Splice
 
 MIXED = Splice(cardinalities=(1, 3, 1), kinds=("binary", "categorical", "continuous"))
@@ -111,3 +111,20 @@ def test_where_there_is_a_value(dtype):
     assert known_places(torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype)).all()
     assert known_places(torch.tensor([math.inf, math.nan, 1.0], dtype=dtype)).tolist() == [True, False, True]
     assert known_places(torch.full((4, 40000), 60000.0).to(dtype)) is None  # a sum that overflows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_no_probability_is_seen_whatever_its_bits(dtype):
+    small, above = torch.finfo(dtype).smallest_normal / 2, 1 + torch.finfo(dtype).eps
+    fine = torch.tensor([[0.0, -0.0, small], [0.5, 1.0, 1 - torch.finfo(dtype).eps]], dtype=dtype)
+    assert check_range(fine, 0, 1, "wrong")
+    assert check_range(fine.T, 0, 1, "wrong")
+    assert check_range(fine[:, 1:], 0, 1, "wrong")
+    assert check_range(fine.clone().requires_grad_(), 0, 1, "wrong")
+    for wrong in (above, 2.0, math.inf, -small, -1.0, -math.inf, 255.0):
+        for place in range(6):
+            labels = fine.clone().flatten().index_fill(0, torch.tensor(place), wrong)
+            with pytest.raises(BadValue, match="wrong"):
+                check_range(labels, 0, 1, "wrong")
+    for unknown in (math.nan, -math.nan):
+        assert not check_range(fine.clone().index_fill(1, torch.tensor(0), unknown), 0, 1, "wrong")
