@@ -6,11 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias, Unpack, cast
 
-from tensordict import TensorDict, TensorDictBase
+import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, skip_existing
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType
+from tdconcepts.hooks import set_entries
 from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.selection import Selection, SelectStage
 from tdconcepts.interventions.sequential import GreedyStage
@@ -39,9 +41,12 @@ class InterventionPipeline(TensorDictSequential):
     writes   ``at``                                                        ``[*B, C]``
     =======  ============================================================  =================
 
-    Where the value is NaN (a label that is not known) a concept keeps its prediction, and the mask is False. With
-    ``sequential`` the stages are ``"value"``, ``"greedy"`` (a :class:`~tdconcepts.interventions.GreedyStage`, which
-    writes ``("intervention", "order")`` too) and ``"replace"``.
+    Where the value is NaN (a label that is not known) a concept keeps its prediction, and the mask is False. What is
+    the same for all rows (a constant, the score and mask of a policy that is fixed) takes no memory for each of them:
+    its rows are views of one, so ``clone()`` such an entry before you write into it.
+
+    With ``sequential`` the stages are ``"value"``, ``"greedy"`` (a :class:`~tdconcepts.interventions.GreedyStage`,
+    which writes ``("intervention", "order")`` too) and ``"replace"``.
 
     Args:
         policy: scores the concepts: a policy, a TensorDictModule that writes ``("intervention", "score")``, or a
@@ -115,7 +120,7 @@ def _is_ours(stages: Collection[Any]) -> bool:
     """Whether the stages are four of this package, with nothing on them that a run in one go would pass by."""
     if len(stages) != len(_KINDS):
         return False
-    for stage, kind in zip(stages, _KINDS, strict=True):
+    for stage, kind in zip(stages, _KINDS, strict=False):  # strict takes longer
         if type(stage).forward is not kind.forward or stage._forward_hooks or stage._forward_pre_hooks:
             return False
     return True
@@ -141,42 +146,34 @@ def _in_one_go(
     mask: Tensor | None
     ranks: Tensor | None
     every = known is None and select.is_everything(plain.shape[-1])
-    present = tensordict.keys()
-    apart = value_key[0] not in present
+    copied = every and replace.needs_no_mask(concepts)
+    have = tensordict.keys()
+    apart = value_key[0] not in have
     shown = not apart or selected is None or score_key in selected or mask_key in selected
-    if not shown and every and type(score).compute is UniformPolicy.compute and replace.needs_no_mask(concepts):
+    if not shown and copied and type(score).compute is UniformPolicy.compute:
         ranks = mask = None
-    elif score.fixed and select.is_exact and known is None:  # one row says it for all
+    elif score.fixed and select.is_exact and known is None and not every:  # one row says it for all
         ranks = score.compute(plain.new_zeros(plain.shape[-1:]), tensordict)
-        mask = select.mask(ranks).expand(plain.shape)
-        ranks = ranks.expand(plain.shape)
+        mask = select.mask(ranks).expand_as(plain)
+        ranks = ranks.expand_as(plain)
     else:
         source = tensordict
         if value_key in score.in_keys:
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
-        mask = select.mask(ranks, select.read(tensordict), known)
-    if mask is None:
+        if every:  # so does one True
+            mask = plain.new_ones((), dtype=torch.bool).expand_as(ranks)
+        else:
+            mask = select.mask(ranks, select.read(tensordict), known)
+    if mask is None or (copied and mask.shape == plain.shape):
         result = replace.all_replaced(concepts, new)
     else:
-        result = replace.replaced(concepts, mask, new, ranks, every)
-    found = zip((value_key, score_key, mask_key, before_key), (new, ranks, mask, concepts), strict=True)
-    if apart:  # one group at once costs half of four entries in it
-        group = {key[-1]: entry for key, entry in found if selected is None or key in selected}
-        if group:
-            tensordict.set(value_key[:-1], _grouped(group, tensordict))
-    else:
-        for key, entry in found:
-            if selected is None or key in selected or tensordict.get(key, None) is not None:
-                tensordict.set(key, entry)
-    return tensordict.set(at, result)
-
-
-def _grouped(group: dict[str, Any], like: TensorDictBase) -> TensorDict:
-    """A TensorDict of entries whose shapes are known to fit; on a device of its own it moves them there."""
-    if like.device is None:
-        return TensorDict._new_unsafe(source=group, batch_size=like.batch_size)
-    return TensorDict(group, like.batch_size, device=like.device)
+        result = replace.replaced(concepts, mask, new, ranks)
+    found = {value_key: new, score_key: ranks, mask_key: mask, before_key: concepts}
+    if selected is not None:
+        there = () if apart else tensordict.keys(True)
+        found = {key: entry for key, entry in found.items() if key in selected or key in there}
+    return set_entries(tensordict, {**found, at: result})
 
 
 def _bound(step: Any, name: str, splice: Splice) -> TensorDictModuleBase:

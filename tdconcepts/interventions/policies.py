@@ -41,7 +41,7 @@ class UniformPolicy(ConceptStage):
     fixed = True
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
-        return torch.zeros_like(concepts)
+        return concepts.new_zeros(()).expand_as(concepts)
 
 
 class OrderPolicy(ConceptStage):

@@ -171,17 +171,13 @@ class ReplaceStage(TensorDictModuleBase):
         """What the entry holds, ``"probs"`` or ``"logits"``, where it is known."""
         return self.concepts.space
 
-    def replaced(
-        self, concepts: Tensor, mask: Tensor, value: Tensor, score: Tensor | None = None, every: bool = False
-    ) -> Tensor:
-        """``concepts [*B, C]`` with the values where the mask is True; ``every``: it is known to be True everywhere."""
+    def replaced(self, concepts: Tensor, mask: Tensor, value: Tensor, score: Tensor | None = None) -> Tensor:
+        """``concepts [*B, C]`` with the values where the mask is True."""
         if mask.dtype is not torch.bool:
             got = f"{key_text(self.keys[1])} of {mask.dtype}"
             raise BadType("a mask is bool", got=got, needed="True where to replace")
         if mask.shape != concepts.shape or value.shape != concepts.shape:
             raise self._other_shapes(f"mask {list(mask.shape)}, value {list(value.shape)}", concepts)
-        if every and self.needs_no_mask(concepts):
-            return self.all_replaced(concepts, value)
         new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)
         if self.straight_through:
             finite = concepts.nan_to_num(0.0, 0.0, 0.0)

@@ -128,6 +128,28 @@ def test_where_all_are_replaced_nothing_shares_memory(strategy, batch):
     assert torch.equal(td["truth"], before["truth"])
 
 
+@pytest.mark.parametrize("value", [1.0, [1.0, 0.0, 0.5], torch.ones(4, 3)])
+def test_who_writes_into_an_entry_changes_nothing_of_the_next_call(value):
+    pipeline, concepts = InterventionPipeline(UniformPolicy(), Do(value)), torch.rand(4, 3)
+    first = pipeline(TensorDict({"concepts": concepts}, [4]))
+    expected = first.clone()
+    for name in ("value", "score", "mask"):
+        first["intervention", name][0, 0] = 0
+    for other in (
+        pipeline(TensorDict({"concepts": concepts}, [4])),
+        one_by_one(pipeline, TensorDict(concepts=concepts)),
+    ):
+        for key in ["concepts", *ENTRIES]:
+            assert torch.equal(other[key], expected[key])
+
+
+def test_a_mask_that_all_rows_share_is_not_written_to_in_place():
+    td = InterventionPipeline(UniformPolicy(), Do(1.0), k=2)(data(4))
+    with pytest.raises(RuntimeError, match="clone"):
+        td["intervention", "mask"].logical_not_()
+    assert td["intervention"].clone()["mask"].logical_not_().sum() == 12
+
+
 class Reversed(UniformPolicy):
     def compute(self, concepts, tensordict):
         return -torch.arange(concepts.shape[-1]).to(concepts).expand(concepts.shape)
