@@ -52,6 +52,12 @@ def plain():
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
 
 
+def image():
+    """A view between two matrices: the flows of several targets go together as far as there, and then one by one."""
+    conv = [nn.Unflatten(-1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.ReLU(), nn.Flatten(-3)]
+    return nn.Sequential(*conv, nn.Linear(27, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 3))
+
+
 def bound(make, seed=0):
     torch.manual_seed(seed)
     return TensorDictModule(make().double(), ["x"], ["y"])
@@ -79,6 +85,16 @@ def test_they_give_what_rules_at_calls_give(rule, make, batch, target):
     torch.testing.assert_close(nodes.values, calls.values, rtol=0, atol=0)
     unruled = Pullback(net, target)(data(*batch)).gradients[0]
     assert not torch.allclose(nodes.gradients[0], unruled)
+
+
+@pytest.mark.parametrize("rule", [GuidedBackpropRule(), DeconvNetRule()], ids=["guided", "deconvolution"])
+@pytest.mark.parametrize("width", [1, 2, None])
+def test_the_flows_of_several_targets_through_an_image(rule, width):
+    pull = Pullback(bound(image), Target("y", [0, 2, 1]), rules=rules(rule))
+    nodes, calls = both(pull, data(7), width=width)
+    assert pull._nodes is not None
+    torch.testing.assert_close(nodes.gradients[0], calls.gradients[0], rtol=0, atol=1e-14)
+    assert nodes.gradients[0].any(0).any(-1).all()
 
 
 @pytest.mark.parametrize("path", ["1", "2"])
