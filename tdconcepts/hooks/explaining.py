@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.batching import check_chunk_size, joined, pieces_of, rows_of, slices, tracked, widths
-from tdconcepts.hooks.calling import check_norms, explained, norms_of
+from tdconcepts.hooks.calling import check_norms, explained, norms_of, set_entries
 from tdconcepts.hooks.hooked import check_td
 from tdconcepts.hooks.pullback import Pullback, Wrt
 from tdconcepts.hooks.sites import Site
@@ -125,9 +125,7 @@ class Explaining:
                 for index, part in tracked(cut, self.progress, "rows")
             ]
             results = {key: joined([part[key] for part in parts], td.batch_size, rows) for key in parts[0]}
-        for key, value in results.items():
-            td.set(key, value)
-        return td
+        return set_entries(td, results)
 
     def check(self, td: TensorDictBase) -> None:
         """Raise, before anything is computed, for what can't be explained row by row."""
