@@ -13,6 +13,8 @@ __all__ = ["affordable_mask", "counted_mask", "prepare", "top_mask"]
 
 _NUMPY = (torch.float32, torch.float64, torch.int32, torch.int64)
 _FEW = 8
+"""Up to so many columns a graph compares in pairs."""
+_FEWEST = 4
 """Up to so many columns kthvalue is faster than numpy's partition."""
 
 
@@ -82,7 +84,7 @@ def _top_mask(score: Tensor, k: int) -> Tensor:
     elif score.dtype is torch.bool:
         score = score.to(torch.uint8)
     if _is_plain(score):  # numpy's vectorised partition takes a sixth of the time of kthvalue, which branches
-        if n > _FEW:
+        if n > _FEWEST:
             least = torch.from_numpy(np.partition(score.numpy(), n - k, axis=-1)[..., n - k : n - k + 1])
         else:
             least = score.kthvalue(n - k + 1, dim=-1, keepdim=True).values
