@@ -145,13 +145,13 @@ class FullGrad(Replaceable, TensorDictModuleBase):
         several = pulled.values.ndim > lead
         inputs = iter(pulled.points[self._count + len(self._layers) :])
         factors = pulled.points[: self._count]
-        for (_, layer), value in zip(self._layers, pulled.points[self._count :], strict=False):
-            factors.append(bias_of(layer, value, next(inputs) if _asks(layer) else None, lead))
-        terms = [
-            gradient * (factor.unsqueeze(lead) if several else factor)
-            for gradient, factor in zip(pulled.gradients, factors, strict=False)
-        ]
-        terms = terms if this.create_graph else [term.detach() for term in terms]
+        with torch.set_grad_enabled(this.create_graph):
+            for (_, layer), value in zip(self._layers, pulled.points[self._count :], strict=False):
+                factors.append(bias_of(layer, value, next(inputs) if _asks(layer) else None, lead))
+            terms = [
+                gradient * (factor.unsqueeze(lead) if several else factor)
+                for gradient, factor in zip(pulled.gradients, factors, strict=False)
+            ]
         front = lead + several
         results = dict(zip(this.attribution_keys, terms, strict=False))
         if self.size is not None:
