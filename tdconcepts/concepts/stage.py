@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch, set_skip_existing
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks import dispatch_rows
+from tdconcepts.hooks.plain import call_stage
 from tdconcepts.keys import NestedKey, as_key, as_keys, check_writable, join, key_text
 
 __all__ = ["BlockStage", "ConceptModel", "as_size", "as_spec", "beside", "check_block", "task_head", "wrapped"]
@@ -47,8 +49,7 @@ class BlockStage(TensorDictModuleBase):
         (None where there is none)."""
         raise NotImplementedError
 
-    @dispatch(auto_batch_size=False)
-    @set_skip_existing(None)
+    @dispatch_rows
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         entries = [read(tensordict, key) for key in self._read]
         entries += [tensordict.get(key, None) for key in self.optional_keys]
@@ -82,6 +83,10 @@ class ConceptModel(TensorDictSequential):
         """The stages that lead from ``in_keys`` to ``out_keys``, as a plain :class:`TensorDictSequential`."""
         return TensorDictSequential(OrderedDict(self.module.items())).select_subsequence(in_keys, out_keys)
 
+    def _run_module(self, module: TensorDictModuleBase, tensordict: TensorDictBase, **kwargs: Any) -> Any:
+        """A stage without what tensordict wraps around it: that takes longer than a small network."""
+        return super()._run_module(module, tensordict, **kwargs) if kwargs else call_stage(module, tensordict)
+
 
 def wrapped(
     module: object,
@@ -98,26 +103,7 @@ def wrapped(
         return module
     if not isinstance(module, nn.Module):
         raise BadType(f"the {what} is no module", got=f"{module!r} ({type(module).__name__})", needed="an nn.Module")
-    return _Bare(module, in_keys=as_keys(in_keys), out_keys=as_keys(out_keys))
-
-
-class _Bare(TensorDictModule):
-    """A TensorDictModule that writes tensors as they are.
-
-    tensordict 0.14 asks of each result whether it is a table of pandas, and so looks for pandas at every call: where
-    there is none that takes longer than a small network.
-    """
-
-    def _write_to_tensordict(
-        self, tensordict: TensorDictBase, tensors: Any, tensordict_out: Any = None, out_keys: Any = None
-    ) -> TensorDictBase:
-        keys = self.out_keys_source if out_keys is None else out_keys
-        plain = tensordict_out is None and self.inplace is True and "_" not in keys and len(keys) == len(tensors)
-        if not plain or not all(isinstance(tensor, Tensor) for tensor in tensors):
-            return super()._write_to_tensordict(tensordict, tensors, tensordict_out, out_keys)
-        for key, tensor in zip(keys, tensors, strict=True):
-            tensordict.set(key, tensor)
-        return tensordict
+    return TensorDictModule(module, in_keys=as_keys(in_keys), out_keys=as_keys(out_keys))
 
 
 def task_head(in_features: int, head: object) -> nn.Module:

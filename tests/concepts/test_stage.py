@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential, set_skip_existing
 from torch import nn
 
 from tdconcepts.concepts.spec import ConceptSpec
@@ -36,22 +36,40 @@ def test_bad_calls(td, error, text):
         Sum(["a", "b"], ["s", "d"])(td)
 
 
-def test_a_bare_module_is_a_tensordictmodule_that_writes_tensors_as_they_are():
-    layer = nn.Linear(3, 2)
-    stage, plain = wrapped(layer, "encoder", "x", ("g", "y")), TensorDictModule(layer, ["x"], [("g", "y")])
-    td, other = (TensorDict({"x": torch.ones(4, 3)}, [4]) for _ in range(2))
-    assert stage(td) is td
-    assert torch.equal(td["g", "y"], plain(other)["g", "y"])
-    assert type(stage).forward is TensorDictModule.forward
-    assert torch.equal(stage(x=td["x"]), td["g", "y"])
+def test_a_model_runs_its_stages_as_tensordict_does(monkeypatch):
+    """With few steps where nobody could tell: not where somebody listens, or where there is something to skip."""
+    torch.manual_seed(0)
+    first, last = wrapped(nn.Linear(3, 2), "encoder", "x", ("g", "b")), wrapped(nn.Identity(), "head", ("g", "b"), "y")
+    model = ConceptModel({"first": first, "stage": Sum(["x", "x"], ["s", "d"]), "last": last}, ConceptSpec(["a"]), "y")
+    assert type(first) is TensorDictModule
+    whole, data = TensorDictSequential(*model.module.children()), TensorDict({"x": torch.ones(4, 3)}, [4])
+    td, other = model(data.copy()), whole(data.copy())
+    assert all(torch.equal(td[key], other[key]) for key in [*model.out_keys, "x"])
+    run, calls = TensorDictModule.forward, []
+    monkeypatch.setattr(
+        TensorDictModule, "forward", lambda self, *args, **kw: calls.append(1) or run(self, *args, **kw)
+    )
+    model(data.copy())
+    assert not calls  # what is wrapped around it has not run
+    heard = []
+    first.register_forward_hook(lambda module, given, out: heard.append(out))
+    out = model(data.copy())
+    assert heard == [out]
+    assert calls == [1]
+    given = td.copy().set("y", torch.zeros(4, 2))
+    with set_skip_existing(True):
+        assert model(given)["y"].count_nonzero() == 0
+    with pytest.raises(KeyError, match="'x'"):
+        model(TensorDict(batch_size=[4]))
     out = TensorDict(batch_size=[4])
-    assert stage(other, tensordict_out=out) is out
-    assert list(out.keys(True, True)) == [("g", "y")]
-    two = wrapped(nn.LSTM(3, 2, batch_first=True), "encoder", "x", ["h", "_"])
-    td = two(TensorDict({"x": torch.ones(4, 5, 3)}, [4]))
-    assert td["h"].shape == (4, 5, 2)
+    assert model(data.copy(), tensordict_out=out) is out
+    assert set(out.keys(True, True)) == set(model.out_keys)
+    model.select_out_keys("y")
+    assert set(model(data.copy()).keys(True, True)) == {"x", "y"}
+    two = ConceptModel({"one": wrapped(nn.LSTM(3, 2, batch_first=True), "e", "x", ["h", "_"])}, ConceptSpec(["a"]), "h")
+    assert two(TensorDict({"x": torch.ones(4, 5, 3)}, [4]))["h"].shape == (4, 5, 2)
     with pytest.raises(RuntimeError, match="more out_keys than tensors"):
-        wrapped(layer, "encoder", "x", ["a", "b"])(other)
+        ConceptModel({"one": wrapped(nn.Linear(3, 2), "e", "x", ["a", "b"])}, ConceptSpec(["a"]), "a")(data.copy())
 
 
 def test_the_small_checks():
