@@ -84,7 +84,8 @@ def test_reasoner(compare, roles, width, whole):
     (for a latent of 512; a ResNet-50 has 2048) those of the rules are 41 million, there are two logarithms of each
     concept and the decoder of 40 rules.
 
-    Uncertain roles cost a factor for each row, rule and concept, 10 million of them.
+    Uncertain roles cost a factor for each row, rule and concept, 10 million of them. By hand, measured beside ours, all
+    that is 1.8 layers with certain roles and 2.3 with uncertain ones; 1.25 and 1.4 of the layer from 2048.
     """
     torch.manual_seed(0)
     model = ConceptMemoryReasoner(nn.Identity(), TASKS, CONCEPTS, width, 4).eval()
@@ -116,9 +117,13 @@ def test_reasoner(compare, roles, width, whole):
             truth = torch.cat(truth)
         return [logits, (powers / powers.sum(-1, keepdim=True) * truth.view_as(powers)).sum(-1)]
 
-    name, form, keys = ("one layer", dense, []) if not whole else ("by hand", by_hand, ["probs"])
-    name = f"ConceptMemoryReasoner, {'certain' if roles == 'argmax' else 'soft'} roles, latent {width} / {name}"
-    compare(name, quiet(model), quiet(form), data(width), ["concepts_logits", *keys], at_most=1.5)
+    name = f"ConceptMemoryReasoner, {'certain' if roles == 'argmax' else 'soft'} roles, latent {width}"
+    ours, td = quiet(model), data(width)
+    if whole:
+        compare(f"{name} / by hand", ours, quiet(by_hand), td, ["concepts_logits", "probs"], at_most=1.5)
+        return
+    hand = {"by hand": quiet(lambda td: by_hand(td)[:1])}
+    compare(f"{name} / one layer", ours, quiet(dense), td, ["concepts_logits"], at_most=1.5, peers=hand)
 
 
 @pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
