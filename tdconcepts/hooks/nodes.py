@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch.autograd.graph import Node
 from tdconcepts.hooks.jacobian import vector_jacobian
 
 __all__ = ["AtNodes"]
+
+
+class _Unsure:
+    """Stands for the rule of a node of which nobody knows what it is of; a class is itself in every copy."""
 
 
 class AtNodes:
@@ -27,7 +31,8 @@ class AtNodes:
         >>> import torch
         >>> from tdconcepts.hooks.rectifiers import DeconvNetRule
         >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
-        >>> AtNodes({"relu": DeconvNetRule()}, None).pull(x.relu().sum(), [x], False, False, None, "y")
+        >>> y = x.relu()
+        >>> AtNodes({"relu": DeconvNetRule()}, None).pull([y], y.sum(), [x], False, False, None, "y")
         [tensor([1., 1.])]
     """
 
@@ -42,23 +47,26 @@ class AtNodes:
             return None
         return cls(rules.operations, rules.unknown)
 
-    def pull(
-        self, values: Tensor, inputs: Sequence[Any], several: bool, create_graph: bool, width: int | None, name: str
-    ) -> list[Tensor | None] | None:
-        """As :func:`~tdconcepts.hooks.jacobian.vector_jacobian`; None where a call has to tell what a node is of."""
+    def pull(self, made: Iterable[Any], values: Tensor, *how: Any) -> list[Tensor | None] | None:
+        """As :func:`~tdconcepts.hooks.jacobian.vector_jacobian`; None where a call has to tell what a node is of.
+
+        Args:
+            made: what the model has made: no rule is for what a target makes of it.
+            values, how: as of ``vector_jacobian``.
+        """
         hung: list[tuple[Any, Node]] = []
-        for node in _above(values.grad_fn):
+        for node in _above(made):
             rule = self._rule(type(node).__name__)
             if rule is None:
                 continue
-            if rule is _UNSURE:
+            if rule is _Unsure:
                 return None
             hung.append((rule, node))
         handles = []
         try:
             for rule, node in hung:
                 handles.append(rule.hang(node))
-            return vector_jacobian(values, inputs, several, create_graph, width, name)
+            return vector_jacobian(values, *how)
         finally:
             for handle in handles:
                 handle.remove()
@@ -69,11 +77,10 @@ class AtNodes:
             names = _names(kind)
             found = next((self.operations[name] for name in names if name in self.operations), None)
             unknown = self.unknown is not None and not all(map(self.unknown.knows, names))
-            self._found[kind] = _UNSURE if kind in _HIDE or (found is None and unknown) else found
+            self._found[kind] = _Unsure if kind in _HIDE or (found is None and unknown) else found
         return self._found[kind]
 
 
-_UNSURE = object()
 _NODES = frozenset({"relu"})  # functions that have nodes of their own, of one kind
 _OTHERS = {"prelu_kernel": ("prelu",), "rrelu_with_noise": ("rrelu",), "elu": ("elu", "selu")}
 _OTHERS |= {"hardtanh": ("hardtanh", "relu6")}
@@ -87,10 +94,10 @@ def _names(kind: str) -> tuple[str, ...]:
     return _OTHERS.get(name, (name,))
 
 
-def _above(node: Node | None) -> list[Node]:
-    """A node and all that lie before it in the forward."""
+def _above(made: Iterable[Any]) -> list[Node]:
+    """The nodes of some tensors, and all that lie before them in the forward."""
     found: dict[Node, None] = {}
-    waiting = [node]
+    waiting = [value.grad_fn for value in made if isinstance(value, Tensor)]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -177,7 +178,8 @@ class Pullback:
                 self._unchanged = False  # something does, and the values at sites are to be copied
                 return self(td, points, **how, owner=owner, onto=onto, at_calls=at_calls)
             pull: Any = vector_jacobian if onto is None else onto.pull
-            pull = pull if nodes is None else nodes.pull  # which gives None where a call has to be looked at
+            if nodes is not None:  # which gives None where a call has to be looked at
+                pull = functools.partial(nodes.pull, [*work.values(True, True), *run.store.values()])
             found = pull(values, [s.handle for s in seen], several, create_graph, width, self._name)
             if found is None:
                 self._nodes = None

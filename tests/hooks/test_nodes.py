@@ -1,5 +1,8 @@
 """Rules on the nodes of a graph: the numbers of rules at calls, nothing left behind, and when a call is looked at."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -119,6 +122,24 @@ def test_the_target_may_be_a_site_behind_the_last_relu():
     assert nodes.gradients[0].any()
 
 
+def less_than_it_was(value, td):
+    return -value[..., 1].relu() - F.gelu(td["inner", "h"]).sum(-1)
+
+
+@pytest.mark.parametrize("method", [GuidedBackprop, Deconvolution])
+@pytest.mark.parametrize("of", ["y", Site("1")])
+def test_no_rule_is_for_what_a_target_makes_of_what_it_reads(method, of):
+    torch.manual_seed(0)
+    first = TensorDictModule(nn.Sequential(nn.Linear(4, 6), nn.ReLU()).double(), ["x"], [("inner", "h")])
+    net = TensorDictSequential(first, TensorDictModule(nn.Linear(6, 3).double(), [("inner", "h")], ["y"]))
+    rule = GuidedBackpropRule() if method is GuidedBackprop else DeconvNetRule()
+    nodes, calls = both(Pullback(net, Target(of, less_than_it_was), rules=rules(rule)), data(7))
+    assert torch.equal(nodes.gradients[0], calls.gradients[0])
+    explained = method(net, Target(of, less_than_it_was))(data(7))["attribution", "x"]
+    assert torch.equal(explained, calls.gradients[0])
+    assert torch.equal(nodes.values, calls.values)
+
+
 def test_nothing_is_left_on_graphs_that_the_caller_has_made():
     seed = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     weight, other = torch.relu(seed), torch.relu(2 * seed)  # a hypernetwork, and an entry with a graph
@@ -139,7 +160,7 @@ def test_nothing_is_left_after_an_error():
     x = torch.randn(4, requires_grad=True, generator=torch.Generator().manual_seed(0))
     y = torch.relu(x)
     with pytest.raises(RuntimeError):
-        AtNodes({"relu": DeconvNetRule()}, None).pull(y, [object()], False, False, None, "y")
+        AtNodes({"relu": DeconvNetRule()}, None).pull([y], y, [object()], False, False, None, "y")
     assert torch.equal(torch.autograd.grad(-y.sum(), x)[0], -(x > 0).float())
 
 
@@ -218,6 +239,21 @@ def test_what_is_written_over_a_view_hides_the_function_so_calls_are_looked_at_f
     assert pull._nodes is None
     assert torch.equal(first.gradients[0], calls.gradients[0])
     assert torch.equal(again.gradients[0], calls.gradients[0])
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda nodes: pickle.loads(pickle.dumps(nodes))], ids=["deep", "pickle"]
+)
+def test_a_copy_knows_as_much(copied):
+    nodes = AtNodes({"relu": GuidedBackpropRule()}, None)
+    x = torch.randn(2, 4, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    view = (2 * x).view(8)
+    view.relu_()
+    how = view.sum(), [x], False, False, None, "y"
+    assert nodes.pull([view], *how) is None
+    assert copied(nodes).pull([view], *how) is None
+    y = torch.relu(x)
+    assert torch.equal(copied(nodes).pull([y], -y.sum(), *how[1:])[0], torch.zeros(2, 4))
 
 
 def test_in_a_pipeline_of_stages():
