@@ -162,7 +162,7 @@ def _in_one_go(
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
         if every:  # so does one True
-            mask = plain.new_ones((), dtype=torch.bool).expand_as(ranks)
+            mask = plain.new_full((), True, dtype=torch.bool).expand_as(ranks)
         else:
             mask = select.mask(ranks, select.read(tensordict), known)
     if mask is None or (copied and mask.shape == plain.shape):
