@@ -24,10 +24,11 @@ from tdconcepts.concepts import (
     GraphBottleneck,
 )
 
-ROWS, WIDTH, CONCEPTS, TASKS, EMBEDDING = 256, 512, 1000, 10, 16
+ROWS, CONCEPTS, TASKS, EMBEDDING = 256, 1000, 10, 16
+WIDTHS = [512, 2048]  # the latents of a ResNet-18 and a ResNet-50
 
 
-def data(columns=WIDTH):
+def data(columns):
     return TensorDict({"observation": torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(0))}, [ROWS])
 
 
@@ -40,10 +41,11 @@ def quiet(form):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["one layer", "by hand"])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
-def test_bottleneck(compare, whole):
+def test_bottleneck(compare, width, whole):
     torch.manual_seed(0)
-    encoder, head = nn.Linear(WIDTH, CONCEPTS), nn.Linear(CONCEPTS, TASKS)
+    encoder, head = nn.Linear(width, CONCEPTS), nn.Linear(CONCEPTS, TASKS)
     model = ConceptBottleneck(encoder, head, CONCEPTS).eval()
 
     def dense(td):
@@ -53,14 +55,16 @@ def test_bottleneck(compare, whole):
         return [head(encoder(td.get("observation")).sigmoid())]
 
     name, form, key = ("by hand", by_hand, "logits") if whole else ("one layer", dense, "concepts_logits")
-    compare(f"ConceptBottleneck / {name}", quiet(model), quiet(form), data(), [key], at_most=1.5)
+    name = f"ConceptBottleneck, latent {width} / {name}"
+    compare(name, quiet(model), quiet(form), data(width), [key], at_most=1.5)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["one layer", "by hand"])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
-def test_embedding(compare, whole):
+def test_embedding(compare, width, whole):
     torch.manual_seed(0)
-    model = ConceptEmbedding(nn.Identity(), TASKS, CONCEPTS, WIDTH, EMBEDDING).eval()
+    model = ConceptEmbedding(nn.Identity(), TASKS, CONCEPTS, width, EMBEDDING).eval()
     layer, score, head = model["exogenous"].linear, model["score"].linear["binary"], model["head"].head
 
     def dense(td):
@@ -72,11 +76,12 @@ def test_embedding(compare, whole):
         return [head((probs * pairs[..., 0, :] + (1 - probs) * pairs[..., 1, :]).flatten(-2))]
 
     name, form, key = ("by hand", by_hand, "logits") if whole else ("one layer", dense, "exogenous")
-    compare(f"ConceptEmbedding / {name}", quiet(model), quiet(form), data(), [key], at_most=1.5)
+    name = f"ConceptEmbedding, latent {width} / {name}"
+    compare(name, quiet(model), quiet(form), data(width), [key], at_most=1.5)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["one layer", "by hand"])
-@pytest.mark.parametrize("width", [WIDTH, 2048])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("roles", ["argmax", "soft"])
 @pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
 def test_reasoner(compare, roles, width, whole):
@@ -126,16 +131,17 @@ def test_reasoner(compare, roles, width, whole):
     compare(f"{name} / one layer", ours, quiet(dense), td, ["concepts_logits"], at_most=1.5, peers=hand)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
 @pytest.mark.benchmark(group="concepts: 1000 concepts / one dense layer")
-def test_graph(compare, kind):
+def test_graph(compare, kind, width):
     """900 roots, 90 concepts below them, 10 tasks below these."""
     torch.manual_seed(0)
     spec = ConceptSpec(CONCEPTS)
     edges = [(str(i), str(900 + (i * 7 + j) % 90)) for i in range(900) for j in range(3)]
     edges += [(str(900 + i), str(990 + j)) for i in range(90) for j in range(10)]
-    model = kind(nn.Identity(), Dag(spec.names, edges), in_features=WIDTH).eval()
-    layer = nn.Linear(WIDTH, CONCEPTS)  # all concepts at once, as a bottleneck without a graph has them
+    model = kind(nn.Identity(), Dag(spec.names, edges), in_features=width).eval()
+    layer = nn.Linear(width, CONCEPTS)  # all concepts at once, as a bottleneck without a graph has them
     if kind is GraphBottleneck:
         roots = model["roots"].layers
         with torch.no_grad():
@@ -147,7 +153,8 @@ def test_graph(compare, kind):
         return [F.leaky_relu(model["exogenous"].linear(td.get("observation"))).unflatten(-1, (CONCEPTS, -1))]
 
     key = "roots" if kind is GraphBottleneck else "exogenous"
-    compare(f"{kind.__name__} / one layer", quiet(model), quiet(dense), data(), [key], at_most=1.5)
+    name = f"{kind.__name__}, latent {width} / one layer"
+    compare(name, quiet(model), quiet(dense), data(width), [key], at_most=1.5)
 
 
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-3])
