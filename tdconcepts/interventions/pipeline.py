@@ -42,8 +42,8 @@ class InterventionPipeline(TensorDictSequential):
     =======  ============================================================  =================
 
     Where the value is NaN (a label that is not known) a concept keeps its prediction, and the mask is False. What is
-    the same for all rows (a constant, the score and mask of a policy that is fixed) takes no memory for each of them:
-    its rows are views of one, so ``clone()`` such an entry before you write into it.
+    the same for all rows (a constant, the score of a policy that is fixed) takes no memory for each of them: its rows
+    are views of one, so ``clone()`` such an entry before you write into it. The mask has memory of its own.
 
     With ``sequential`` the stages are ``"value"``, ``"greedy"`` (a :class:`~tdconcepts.interventions.GreedyStage`,
     which writes ``("intervention", "order")`` too) and ``"replace"``.
@@ -154,15 +154,15 @@ def _in_one_go(
         ranks = mask = None
     elif score.fixed and select.is_exact and known is None and not every:  # one row says it for all
         ranks = score.compute(plain.new_zeros(plain.shape[-1:]), tensordict)
-        mask = select.mask(ranks).expand_as(plain)
+        mask = select.mask(ranks).expand_as(plain).contiguous()
         ranks = ranks.expand_as(plain)
     else:
         source = tensordict
         if value_key in score.in_keys:
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
-        if every:  # so does one True
-            mask = plain.new_full((), True, dtype=torch.bool).expand_as(ranks)
+        if every:
+            mask = torch.full_like(ranks, True, dtype=torch.bool, memory_format=torch.contiguous_format)
         else:
             mask = select.mask(ranks, select.read(tensordict), known)
     if mask is None or (copied and mask.shape == plain.shape):

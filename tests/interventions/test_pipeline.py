@@ -143,11 +143,14 @@ def test_who_writes_into_an_entry_changes_nothing_of_the_next_call(value):
             assert torch.equal(other[key], expected[key])
 
 
-def test_a_mask_that_all_rows_share_is_not_written_to_in_place():
-    td = InterventionPipeline(UniformPolicy(), Do(1.0), k=2)(data(4))
-    with pytest.raises(RuntimeError, match="clone"):
-        td["intervention", "mask"].logical_not_()
-    assert td["intervention"].clone()["mask"].logical_not_().sum() == 12
+@pytest.mark.parametrize("policy", [UniformPolicy(), OrderPolicy([2, 0, 1]), UncertaintyPolicy()])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_one_place_of_a_mask_can_be_changed(policy, k):
+    td = InterventionPipeline(policy, Do(1.0), k=k)(data(4))
+    expected = td["intervention", "mask"].tolist()
+    expected[1][2] = not expected[1][2]
+    td["intervention", "mask"][1, 2].logical_not_()
+    assert td["intervention", "mask"].tolist() == expected
 
 
 class Reversed(UniformPolicy):
