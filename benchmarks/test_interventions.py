@@ -3,8 +3,8 @@
 The hand-written forms replace the least certain half of each row by the truth, in three ways of PyTorch; one with numpy
 is shown beside them. All give the pipeline's values on these data; only kthvalue and sort break ties by index on any
 data. At small F what counts is the difference in microseconds, not the ratio: the aim is to be within 45 of the bare
-operations, half of the least that others saw torch_concepts take more than they do (90 to 120; here it took 184 to
-267), and within half of what it takes more in this run. Its rows are there where it is installed (``pip install
+operations, half of the least that others saw torch_concepts take more than they do (90 to 120; here it took 180 to
+350), and within half of what it takes more in this run. Its rows are there where it is installed (``pip install
 pytorch-concepts==1.0.0a7``); it selects ``1 + floor(q (F - 1))``, so that q is chosen for half here.
 
 Compiled rows compare graph with graph: to call what ``torch.compile`` makes takes some 25 us before anything is done.

@@ -104,8 +104,8 @@ class DeepLift(_Lifting, IntegratedGradients):
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: at the call: an operation that it can't follow, or a model that takes another way at the baseline;
-            else as :class:`IntegratedGradients`.
+        BadType: a model that torch.jit has compiled. BadValue: at the call: an operation that it can't follow, or a
+            model that takes another way at the baseline; else as :class:`IntegratedGradients`.
 
     Source: Shrikumar et al., *Learning important features through propagating activation differences*, 2017 (rescale
     rule, section 3.5.1); products as in Lundberg's ``shap``.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tdconcepts.attribution.cam import resized, weighted
 from tdconcepts.errors import BadValue
-from tdconcepts.hooks import Options, Site, Target, dispatch_rows
+from tdconcepts.hooks import Options, Site, Target, check_module, dispatch_rows
+from tdconcepts.hooks.calls import refuse_scripted
 from tdconcepts.hooks.explaining import Explaining, Running, check_options
 from tdconcepts.hooks.pullback import Wrt
 from tdconcepts.hooks.rectifiers import DeconvNetRule, GuidedBackpropRule
@@ -44,8 +45,8 @@ class GuidedBackprop(Replaceable, TensorDictModuleBase):
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: at the call, another rectifier than ReLU. BadType: a bare ``nn.Module``, or an integer entry. BadKey:
-            an entry or site that does not exist.
+        BadValue: at the call, another rectifier than ReLU. BadType: a bare ``nn.Module``, one that
+            torch.jit has compiled, or an integer entry. BadKey: an entry or site that does not exist.
 
     Source: Springenberg et al., *Striving for simplicity: the all convolutional net*, 2015 (section 3.4).
 
@@ -102,6 +103,7 @@ def _explaining(
     if on_missing not in ("raise", "gradient"):
         raise BadValue("no such choice", got=f"on_missing={on_missing!r}", needed='"raise" or "gradient"')
     unknown = _OtherRectifiers(method) if on_missing == "raise" else None
+    refuse_scripted(check_module(module))
     return Explaining(module, target, wrt, options, rules=Rules((), {"relu": rule}, "relevance", unknown=unknown))
 
 
@@ -129,8 +131,8 @@ class Deconvolution(GuidedBackprop):
         options: ``chunk_size``, ``outputs``, ``create_graph``, ``out_key``; see :class:`~tdconcepts.hooks.Options`.
 
     Raises:
-        BadValue: at the call, another rectifier than ReLU. BadType: a bare ``nn.Module``, or an integer entry. BadKey:
-            an entry or site that does not exist.
+        BadValue: at the call, another rectifier than ReLU. BadType: a bare ``nn.Module``, one that
+            torch.jit has compiled, or an integer entry. BadKey: an entry or site that does not exist.
 
     Source: Zeiler and Fergus, *Visualizing and understanding convolutional networks*, 2014 (section 2.1).
 

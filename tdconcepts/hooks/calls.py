@@ -245,3 +245,22 @@ def refuse_hidden(module: nn.Module, ruled: Iterable[tuple[str, nn.Module]]) -> 
                 needed="a module that Python calls",
                 fix="the module that was scripted or traced; or one rule for all of it, such as EpsilonRule()",
             )
+
+
+def refuse_scripted(module: nn.Module) -> None:
+    """Raise for parts that torch.jit has compiled, where every function counts: those that they call are not seen.
+
+    Args:
+        module: the model.
+
+    Raises:
+        BadType: for a scripted or traced module.
+    """
+    for path, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise BadType(
+                "a part of the model is compiled by torch.jit, and the functions that it calls are not seen",
+                got=f"a ScriptModule, {inner.original_name}, at {path!r}",
+                needed="a module that Python calls",
+                fix="the module that was scripted or traced",
+            )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tdconcepts.errors import BadValue
+from tdconcepts.hooks.calls import refuse_scripted
 from tdconcepts.hooks.flows import backward_by, changed, is_inplace, operation_name, tensors, untransformed
 from tdconcepts.hooks.jacobian import differentiable
 from tdconcepts.hooks.kept import overwrites
@@ -158,6 +159,7 @@ class References:
 
     def around(self, module: nn.Module, steps: list[Step]) -> list[Step]:
         """Other steps, and the one that sees every operation."""
+        refuse_scripted(module)
         whole = Place(Site("."), ".", module, "input", None, None, None, None)
         return [*steps, Step(whole, _Compare(self, overwrites_nothing(module)), every=True, whole=True)]
 

@@ -15,7 +15,7 @@ _NUMPY = (torch.float32, torch.float64, torch.int32, torch.int64)
 _FEW = 8
 """Up to so many columns a graph compares in pairs."""
 _FEWEST = 4
-"""Up to so many columns kthvalue is faster than numpy's partition."""
+"""Up to so many columns kthvalue takes no longer than numpy's partition."""
 
 
 def top_mask(score: Tensor, k: int) -> Tensor:

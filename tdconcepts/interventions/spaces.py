@@ -171,7 +171,7 @@ _ONE: dict[torch.dtype, tuple[Any, int]] = {
 
 
 def _are_bits_of_probabilities(labels: Tensor) -> bool:
-    """Whether all are seen to be in [0, 1], none NaN, in half the time that the smallest and the largest number take.
+    """Whether all are seen to be in [0, 1], none NaN, in less time than the smallest and the largest number take.
 
     The bits of numbers from 0 to 1 are in the order of the numbers, and those of all others, NaN too, are above.
     """

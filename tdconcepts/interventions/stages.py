@@ -194,7 +194,7 @@ class ReplaceStage(TensorDictModuleBase):
         return self.temperature is None and not (concepts.requires_grad and torch.is_grad_enabled())
 
     def all_replaced(self, concepts: Tensor, value: Tensor) -> Tensor:
-        """The values, as the concepts are: a copy takes a sixth of the time of a choice."""
+        """The values, as the concepts are: a copy takes a quarter of the time of a choice."""
         if value.shape != concepts.shape:
             raise self._other_shapes(f"value {list(value.shape)}", concepts)
         new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts import Gradient, Site, Target
-from tdconcepts.attribution import Deconvolution, GradCAM, GuidedBackprop, GuidedGradCAM
+from tdconcepts.attribution import Deconvolution, DeepLift, GradCAM, GuidedBackprop, GuidedGradCAM
 from tdconcepts.errors import BadKey, BadType, BadValue
 
 METHODS = [(GuidedBackprop, "GuidedBackprop"), (Deconvolution, "Deconvolution")]
@@ -149,3 +149,12 @@ def test_bad_input(cnn):
         GuidedGradCAM(cnn, target, "3", mode="cubic")
     with pytest.raises(BadValue, match="does not lie on"):
         GuidedGradCAM(cnn, target, "6")(images())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("method", [GuidedBackprop, Deconvolution, DeepLift])
+@pytest.mark.parametrize("compile", [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(1, 6))])
+def test_what_torch_jit_has_compiled_is_refused_for_its_functions_are_not_seen(method, compile):
+    net = nn.Sequential(nn.Linear(4, 6), compile(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))))
+    with pytest.raises(BadType, match=r"at 'module\.1'"):
+        method(TensorDictModule(net, ["x"], ["y"]), Target("y", 1))

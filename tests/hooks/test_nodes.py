@@ -217,12 +217,17 @@ def test_within_a_context_the_calls_are_looked_at():
         pull(td)
 
 
-def test_a_second_derivative_is_that_of_rules_at_calls():
+@pytest.mark.parametrize("method", [GuidedBackprop, Deconvolution])
+def test_a_second_derivative_is_that_of_the_explanation(method):
+    net = bound(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
     td = data(3)
-    td["x"].requires_grad_()
-    found = GuidedBackprop(bound(plain), Target("y", 1), create_graph=True)(td)["attribution", "x"]
-    assert found.requires_grad
-    assert torch.equal(found.detach(), GuidedBackprop(bound(plain), Target("y", 1))(data(3))["attribution", "x"])
+    explain = method(net, Target("y", 1), create_graph=True)
+
+    def explained(x):
+        return explain(TensorDict(x=x, batch_size=[3]))["attribution", "x"]
+
+    assert torch.equal(explained(td["x"]).detach(), method(net, Target("y", 1))(td.copy())["attribution", "x"])
+    assert torch.autograd.gradcheck(explained, td["x"].requires_grad_())
 
 
 def test_modules_and_other_rules_are_for_calls():

@@ -51,12 +51,13 @@ def test_all_are_looked_at_where_a_first_layer_is_sought():
 
 @pytest.mark.parametrize("inplace", [True, False])
 def test_an_argument_may_say_that_a_function_overwrites(inplace):
-    value = torch.ones(4)
+    act, value = operate(), -torch.ones(4)
     kept = Kept(value)
-    found = operate().operate(Run(Plan(nn.Identity(), [])), F.dropout, (value, 1.0, True), {"inplace": inplace})
-    assert not found.any()
-    assert value.any() == (not inplace)
-    assert torch.equal(kept.get(), torch.ones(4))
+    assert act._passes(F.leaky_relu)
+    found = act.operate(Run(Plan(nn.Identity(), [])), F.leaky_relu, (value, 0.5), {"inplace": inplace})
+    assert torch.equal(found, torch.full((4,), -0.5))
+    assert torch.equal(value, found) == inplace
+    assert torch.equal(kept.get(), -torch.ones(4))
 
 
 def test_an_operator_without_a_rule_ends_the_link_to_the_call_before():
