@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdconcepts.concepts.encoders import one_pair
-from tdconcepts.concepts.solve import linear_fit
+from tdconcepts.concepts.solve import known_labels, linear_fit
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.concepts.stage import BlockStage, as_size, as_spec, check_block
 from tdconcepts.errors import BadType, BadValue
@@ -137,7 +137,7 @@ class ConceptActivationVectors(BlockStage):
             weight = rows.new_zeros(self.concepts.size, self.in_features)
             bias, count, left = rows.new_zeros(self.concepts.size), 0, 0.0
             for loss, columns in self._by_loss(solver).items():
-                wanted = targets[:, columns]
+                wanted = targets if len(columns) == self.concepts.size else targets[:, columns]
                 if loss == "squares":
                     wanted = torch.where(self._continuous()[columns], wanted, 2 * wanted - 1)
                 found = linear_fit(rows, wanted, ridge, loss, iterations, tolerance)
@@ -176,21 +176,24 @@ class ConceptActivationVectors(BlockStage):
         names = [
             name for name, n in zip(self.concepts.names, self.concepts.cardinalities, strict=True) for _ in range(n)
         ]
-        known = ~targets.isnan()
-        low = targets.masked_fill(~known, torch.inf).amin(0)
-        high = targets.masked_fill(~known, -torch.inf).amax(0)
+        known = known_labels(targets)
+        low = (targets if known is None else targets.masked_fill(~known, torch.inf)).amin(0)
+        high = (targets if known is None else targets.masked_fill(~known, -torch.inf)).amax(0)
         same = (low >= high).nonzero().flatten().tolist()
         if same:
-            got = f"{names[same[0]]!r}, {int(known[:, same[0]].sum())} labels that are all alike"
+            count = int((~targets[:, same[0]].isnan()).sum())
+            got = f"{names[same[0]]!r}, {count} labels that are all alike"
             raise BadValue("a column does not vary", got=got, needed="two different labels or more in each column")
 
     def _score(self, found: Tensor, targets: Tensor) -> Tensor:
-        known = ~targets.isnan()
-        count = known.sum(0)
-        truth = targets.masked_fill(~known, 0)
-        hits = (((found > 0) == (truth > 0.5)) & known).sum(0) / count
+        hit, known = (found > 0) == (targets > 0.5), known_labels(targets)
+        if known is None:
+            known, count = torch.ones_like(hit), torch.tensor(len(hit), device=hit.device)
+        else:
+            hit, targets, count = hit & known, targets.masked_fill(~known, 0), known.sum(0)
+        hits = hit.sum(0) / count
         if "continuous" not in self.concepts.kinds:
             return hits
-        residual = ((found - truth).square() * known).sum(0)
-        spread = ((truth - truth.sum(0) / count).square() * known).sum(0)
+        residual = ((found - targets).square() * known).sum(0)
+        spread = ((targets - targets.sum(0) / count).square() * known).sum(0)
         return torch.where(self._continuous(), 1 - residual / spread, hits)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadValue
 
-__all__ = ["LinearFit", "linear_fit"]
+__all__ = ["LinearFit", "known_labels", "linear_fit"]
 
 MEMORY = 5  # pairs of the quasi-Newton method
 BLOCKS = 8  # of the matrix of the bound
@@ -40,6 +40,7 @@ class LinearFit(NamedTuple):
     gradient: float
 
 
+@torch.no_grad()
 def linear_fit(
     x: Tensor,
     y: Tensor,
@@ -74,36 +75,42 @@ def linear_fit(
         >>> round(fit.weight.item(), 3), round(fit.bias.item(), 3)
         (3.0, 1.0)
     """
-    missing = y.isnan()
-    mask = None if not bool(missing.any()) else (~missing).to(x.dtype)
-    y = y if mask is None else y.masked_fill(missing, 0)
-    rows = F.pad(x, (0, 1), value=1.0)
+    known = known_labels(y)
+    mask = None if known is None else known.to(x.dtype)
+    y = y if known is None else y.masked_fill(~known, 0)
     penalty = F.pad(x.new_full((x.shape[1],), ridge), (0, 1))
     if loss == "squares" and mask is None:
-        factor = _factor(rows.double(), penalty.double(), 1.0)
-        found = torch.cholesky_solve((rows.mT @ y).double(), factor).to(x.dtype)
+        factor = _factor(x.double(), penalty.double(), 1.0)
+        pulled = torch.cat([x.mT @ y, y.sum(0, keepdim=True)])
+        found = torch.cholesky_solve(pulled.double(), factor).to(x.dtype)
         return LinearFit(found[:-1].mT.contiguous(), found[-1], 1, 0.0)
-    start = torch.cholesky_inverse(_factor(rows, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
+    start = torch.cholesky_inverse(_factor(x, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
     rough = _Rough.of(x) if _is_faster(x, y.shape[-1]) else None
-    problem = _Problem(rows, y, mask, penalty.unsqueeze(-1), loss == "logistic", rough)
+    problem = _Problem(x, y, mask, penalty.unsqueeze(-1), loss == "logistic", rough)
     w, count, left = _descend(problem, start, iterations, tolerance)
     return LinearFit(w[:-1].mT.contiguous(), w[-1], count, left)
 
 
-def _factor(rows: Tensor, penalty: Tensor, bound: float) -> Tensor:
+def known_labels(y: Tensor) -> Tensor | None:
+    """Where a label is no NaN, bool as ``y``; None where that is everywhere, which one sum says."""
+    total = float(y.sum())
+    return None if total == total else ~y.isnan()
+
+
+def _factor(x: Tensor, penalty: Tensor, bound: float) -> Tensor:
     """The Cholesky factor of the bound on the curvature; in double precision where single does not reach."""
-    size = len(penalty)
-    matrix = rows.new_zeros(size, size)
+    count, size = x.shape
+    matrix = x.new_zeros(size + 1, size + 1)
     for start in range(0, size, -(-size // BLOCKS)):  # the lower part only: no more is read
         stop = min(size, start - (-size // BLOCKS))
-        matrix[start:stop, :stop] = rows[:, start:stop].mT @ rows[:, :stop]
+        matrix[start:stop, :stop] = x[:, start:stop].mT @ x[:, :stop]
+    matrix[size, :size], matrix[size, size] = x.sum(0), count
     matrix.mul_(bound).diagonal().add_(penalty)
     for wide in (matrix, matrix.double()):
         factor, wrong = torch.linalg.cholesky_ex(wide)
         if not int(wrong):
             return factor
-    ridge, features = float(penalty[0]), len(penalty) - 1
-    got = f"ridge={ridge:g} with {len(rows)} rows of {features} features"
+    got = f"ridge={float(penalty[0]):g} with {count} rows of {size} features"
     raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0")
 
 
@@ -126,9 +133,8 @@ class _Rough(NamedTuple):
         mean = x.mean(0)
         return cls((x - mean).bfloat16(), mean)
 
-    def along(self, w: Tensor) -> Tensor:
-        found = (self.rows @ w[:-1].bfloat16()).to(w.dtype)
-        return found.add_(self.mean @ w[:-1] + w[-1])
+    def along(self, w: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(self.rows @ w[:-1].bfloat16()).add_(self.mean @ w[:-1] + w[-1])
 
     def pulled(self, slope: Tensor) -> Tensor:
         total = slope.sum(0)
@@ -137,37 +143,65 @@ class _Rough(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    rows: Tensor  # [N, F + 1]
+    x: Tensor  # [N, F]
     y: Tensor  # [N, C]
     mask: Tensor | None  # [N, C]
     penalty: Tensor  # [F + 1, 1]
     logistic: bool
     rough: _Rough | None = None
 
-    def along(self, w: Tensor) -> Tensor:
+    def along(self, w: Tensor, out: Tensor) -> Tensor:
         """The scores of ``w [F + 1, C]``: ``[N, C]``."""
-        return self.rows @ w if self.rough is None else self.rough.along(w)
+        return torch.addmm(w[-1], self.x, w[:-1], out=out) if self.rough is None else self.rough.along(w, out)
 
     def pulled(self, slope: Tensor) -> Tensor:
         """What the slopes ``[N, C]`` are for the weights: ``[F + 1, C]``."""
-        return self.rows.mT @ slope if self.rough is None else self.rough.pulled(slope)
+        if self.rough is not None:
+            return self.rough.pulled(slope)
+        return torch.cat([self.x.mT @ slope, slope.sum(0, keepdim=True)])
 
-    def slope(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The derivative of the loss by each score, and what the curvature is made of."""
-        p = scores.sigmoid() if self.logistic else scores
-        slope = p - self.y
-        return (slope if self.mask is None else slope * self.mask), (p if self.logistic else None)
+    def slope(self, scores: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
+        """The derivative of the loss by each score, and the predictions, which the curvature is made of."""
+        p = torch.sigmoid(scores, out=room.p) if self.logistic else scores
+        slope = torch.sub(p, self.y, out=room.slope)
+        return (slope if self.mask is None else slope.mul_(self.mask)), p
 
-    def bend(self, p: Tensor | None, squares: Tensor) -> Tensor:
-        """The curvature of the loss in a direction whose change of each score is known, squared; for each column."""
-        if p is not None:
-            squares = torch.addcmul(p, p, p, value=-1).mul_(squares)
-        return (squares if self.mask is None else squares * self.mask).sum(0)
+    def bend(self, p: Tensor, along: Tensor, room: _Room) -> Tensor:
+        """The curvature of the loss in a direction whose change of each score is known; for each column."""
+        if self.logistic:
+            bend = torch.addcmul(p, p, p, value=-1, out=room.spare).mul_(along).mul_(along)
+        else:
+            bend = torch.mul(along, along, out=room.spare)
+        return (bend if self.mask is None else bend.mul_(self.mask)).sum(0)
 
     def of(self, columns: Tensor) -> _Problem:
         """The problem of some columns."""
         mask = None if self.mask is None else self.mask[:, columns]
         return self._replace(y=self.y[:, columns], mask=mask)
+
+
+class _Room(NamedTuple):
+    """Memory as large as the scores, the same in every step: fresh memory costs more than what is computed in it."""
+
+    scores: Tensor
+    found: Tensor
+    along: Tensor
+    slope: Tensor
+    p: Tensor
+    spare: Tensor
+
+    @classmethod
+    def like(cls, y: Tensor) -> _Room:
+        return cls(*(torch.zeros_like(y, memory_format=torch.contiguous_format) for _ in cls._fields))
+
+    def of(self, columns: Tensor) -> _Room:
+        """The same memory, with what it holds of some columns."""
+        rows, count = len(self.scores), len(columns)
+        return _Room(*(each.view(-1)[: rows * count].view(rows, count).copy_(each[:, columns]) for each in self))
+
+    def swapped(self) -> _Room:
+        """What was found as the scores."""
+        return self._replace(scores=self.found, found=self.scores)
 
 
 class _Pair(NamedTuple):
@@ -181,13 +215,12 @@ class _Pair(NamedTuple):
 
 def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, int, float]:
     """Limited-memory quasi-Newton steps for all columns; ``w [F + 1, C]``. A column that is done takes no part."""
-    rows, penalty = problem.rows, problem.penalty
-    result = rows.new_zeros(rows.shape[1], problem.y.shape[1])
-    open_ = torch.arange(problem.y.shape[1], device=rows.device)
-    w, scores = result.clone(), torch.zeros_like(problem.y)
-    number = torch.full_like(w[0], len(rows)) if problem.mask is None else problem.mask.sum(0).clamp(min=1)
-    slope, p = problem.slope(scores)
-    gradient = problem.pulled(slope)
+    x, penalty = problem.x, problem.penalty
+    result = x.new_zeros(x.shape[1] + 1, problem.y.shape[1])
+    open_ = torch.arange(problem.y.shape[1], device=x.device)
+    w, room = result.clone(), _Room.like(problem.y)
+    number = torch.full_like(w[0], len(x)) if problem.mask is None else problem.mask.sum(0).clamp(min=1)
+    gradient = problem.pulled(problem.slope(room.scores, room)[0])
     metric = start @ gradient
     aim = (gradient.abs().amax(0) / number * ROUGH).clamp(min=tolerance)
     pairs: list[_Pair] = []
@@ -197,8 +230,8 @@ def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float
     for count in range(iterations + 1):
         left = gradient.abs().amax(0) / number
         if problem.rough is not None and (count >= iterations // 4 or bool((left <= aim).all())):
-            problem, scores = problem._replace(rough=None), rows @ w
-            slope, p = problem.slope(scores)
+            problem = problem._replace(rough=None)
+            slope, _ = problem.slope(problem.along(w, room.scores), room)
             gradient = torch.addcmul(problem.pulled(slope), penalty, w)
             metric, left = start @ gradient, gradient.abs().amax(0) / number
         still = left > tolerance
@@ -210,36 +243,35 @@ def _descend(problem: _Problem, start: Tensor, iterations: int, tolerance: float
         if remain <= SHARE * len(open_):
             result[:, open_], worst = w, max(worst, float(left[~still].max()))
             keep = still.nonzero().squeeze(-1)
-            problem, open_, p = problem.of(keep), open_[keep], None if p is None else p[:, keep]
-            w, scores, gradient, metric, number, scale = _of(keep, w, scores, gradient, metric, number, scale)
+            problem, open_, room = problem.of(keep), open_[keep], room.of(keep)
+            w, gradient, metric, number, scale = _of(keep, w, gradient, metric, number, scale)
             pairs = [_Pair(*_of(keep, *pair)) for pair in pairs]
         direction = _direction(gradient, metric, pairs, scale)
         first = (direction * gradient).sum(0)
         if bool((first >= 0).any()):
             direction = torch.where(first < 0, direction, -metric)
             first = (direction * gradient).sum(0)
-        along = problem.along(direction)
-        squares, pulled = along.square(), direction * penalty
+        along = problem.along(direction, room.along)
+        pulled = direction * penalty
         pull, inner = (pulled * w).sum(0), (pulled * direction).sum(0)
-        step = -first / (problem.bend(p, squares) + inner).clamp(min=tiny)
+        p = room.p if problem.logistic else room.scores
+        step = -first / (problem.bend(p, along, room) + inner).clamp(min=tiny)
         low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
         for _ in range(LINE):
-            found = torch.addcmul(scores, along, step)
-            slope, p = problem.slope(found)
-            rise = (slope * along).sum(0) + pull + step * inner  # the slope of the objective, which grows with step
+            slope, p = problem.slope(torch.addcmul(room.scores, along, step, out=room.found), room)
+            rise = torch.mul(slope, along, out=room.spare).sum(0) + pull + step * inner  # it grows with the step
             far = rise.abs() > NEAR * first.abs()
             if not bool(far.any()):
                 break
             low, high = torch.where(rise < 0, step, low), torch.where(rise > 0, step, high)
-            newton = step - rise / (problem.bend(p, squares) + inner).clamp(min=tiny)
+            newton = step - rise / (problem.bend(p, along, room) + inner).clamp(min=tiny)
             middle = torch.where(high.isinf(), 2 * step, (low + high) / 2)
             inside = (newton > low) & (newton < high) & (newton < 4 * step)
             step = torch.where(far, torch.where(inside, newton, middle), step)
         else:
-            found = torch.addcmul(scores, along, step)
-            slope, p = problem.slope(found)
-        moved = direction.mul_(step)
-        w, scores = w + moved, found
+            slope, p = problem.slope(torch.addcmul(room.scores, along, step, out=room.found), room)
+        moved, room = direction.mul_(step), room.swapped()
+        w = w + moved
         before, gradient = gradient, torch.addcmul(problem.pulled(slope), penalty, w)
         earlier, metric = metric, start @ gradient
         change, turned = gradient - before, metric - earlier

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeAlias, Unpack, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential, skip_existing
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType
-from tdconcepts.hooks import set_entries
+from tdconcepts.hooks.calling import has_entry, set_entries
 from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.selection import Selection, SelectStage
 from tdconcepts.interventions.sequential import GreedyStage
@@ -103,7 +103,7 @@ class InterventionPipeline(TensorDictSequential):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the stages: in one go where all are ours, nothing hangs on them, and nothing special is asked for."""
-        if len(args) == 1 and not kwargs and isinstance(args[0], TensorDictBase):
+        if len(args) == 1 and not kwargs and (type(args[0]) is TensorDict or isinstance(args[0], TensorDictBase)):
             stages = cast(Any, self._modules["module"])._modules.values()
             if self.inplace is None and not skip_existing() and _is_ours(stages):
                 return _in_one_go(args[0], self.out_keys if self._select_before_return else None, *stages)
@@ -118,15 +118,15 @@ class InterventionPipeline(TensorDictSequential):
 
 def _is_ours(stages: Collection[Any]) -> bool:
     """Whether the stages are four of this package, with nothing on them that a run in one go would pass by."""
-    if len(stages) != len(_KINDS):
+    if [type(stage).forward for stage in stages] != _FORWARDS:
         return False
-    for stage, kind in zip(stages, _KINDS, strict=False):  # strict takes longer
-        if type(stage).forward is not kind.forward or stage._forward_hooks or stage._forward_pre_hooks:
+    for stage in stages:  # noqa: SIM110 - a generator takes longer
+        if stage._forward_hooks or stage._forward_pre_hooks:
             return False
     return True
 
 
-_KINDS: tuple[Any, ...] = (ConceptStage, ConceptStage, SelectStage, ReplaceStage)
+_FORWARDS = [kind.forward for kind in (ConceptStage, ConceptStage, SelectStage, ReplaceStage)]
 
 
 def _in_one_go(
@@ -146,9 +146,8 @@ def _in_one_go(
     mask: Tensor | None
     ranks: Tensor | None
     every = known is None and select.is_everything(plain.shape[-1])
-    copied = every and replace.needs_no_mask(concepts)
-    have = tensordict.keys()
-    apart = value_key[0] not in have
+    copied, fits = every and replace.needs_no_mask(concepts), True
+    apart = not has_entry(tensordict, value_key[0])
     shown = not apart or selected is None or score_key in selected or mask_key in selected
     if not shown and copied and type(score).compute is UniformPolicy.compute:
         ranks = mask = None
@@ -162,18 +161,19 @@ def _in_one_go(
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
         if every:
-            mask = torch.full_like(ranks, True, dtype=torch.bool, memory_format=torch.contiguous_format)
+            fits = ranks.shape == plain.shape
+            mask = torch.ones_like(plain if fits else ranks, dtype=torch.bool)
         else:
             mask = select.mask(ranks, select.read(tensordict), known)
-    if mask is None or (copied and mask.shape == plain.shape):
+    if mask is None or (copied and fits):
         result = replace.all_replaced(concepts, new)
     else:
         result = replace.replaced(concepts, mask, new, ranks)
-    found = {value_key: new, score_key: ranks, mask_key: mask, before_key: concepts}
+    found = {value_key: new, score_key: ranks, mask_key: mask, before_key: concepts, at: result}
     if selected is not None:
         there = () if apart else tensordict.keys(True)
-        found = {key: entry for key, entry in found.items() if key in selected or key in there}
-    return set_entries(tensordict, {**found, at: result})
+        found = {key: entry for key, entry in found.items() if key == at or key in selected or key in there}
+    return set_entries(tensordict, found)
 
 
 def _bound(step: Any, name: str, splice: Splice) -> TensorDictModuleBase:

@@ -41,7 +41,7 @@ class UniformPolicy(ConceptStage):
     fixed = True
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
-        return concepts.new_full((), 0.0).expand_as(concepts)
+        return concepts.new_zeros(1).expand_as(concepts)
 
 
 class OrderPolicy(ConceptStage):

@@ -143,13 +143,13 @@ def check_range(labels: Tensor, low: int, high: int, what: str) -> bool:
     Raises:
         BadValue: with the range that was found.
     """
+    if low == 0 and high == 1 and _are_probabilities(labels):
+        return True
     if labels.dtype is torch.bool or not labels.numel():
         return True
     if not is_visible(labels):
         return False
     labels = labels.detach() if labels.requires_grad else labels
-    if low == 0 and high == 1 and _are_bits_of_probabilities(labels):
-        return True
     lowest, highest = labels.aminmax()
     least, most = lowest.item(), highest.item()
     complete = least == least
@@ -170,14 +170,15 @@ _ONE: dict[torch.dtype, tuple[Any, int]] = {
 """A number without a sign of the same size, and what the bits of 1.0 are then."""
 
 
-def _are_bits_of_probabilities(labels: Tensor) -> bool:
+def _are_probabilities(labels: Tensor) -> bool:
     """Whether all are seen to be in [0, 1], none NaN, in less time than the smallest and the largest number take.
 
     The bits of numbers from 0 to 1 are in the order of the numbers, and those of all others, NaN too, are above.
     """
     kind = _ONE.get(labels.dtype)
-    if kind is None or type(labels) is not Tensor or not labels.is_cpu:
+    if kind is None or type(labels) is not Tensor or not (labels.is_cpu and labels.numel() and is_visible(labels)):
         return False
+    labels = labels.detach() if labels.requires_grad else labels
     return bool(np.maximum.reduce(labels.numpy().view(kind[0]), axis=None) <= kind[1])
 
 

@@ -12,6 +12,7 @@ from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks.calling import get_entry
 from tdconcepts.interventions.spaces import known_places
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.keys import NestedKey, key_text
@@ -198,7 +199,7 @@ class ReplaceStage(TensorDictModuleBase):
         if value.shape != concepts.shape:
             raise self._other_shapes(f"value {list(value.shape)}", concepts)
         new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)
-        return new.clone(memory_format=torch.contiguous_format)
+        return new.clone()
 
     def _other_shapes(self, got: str, concepts: Tensor) -> BadValue:
         needed = f"{list(concepts.shape)}, as {key_text(self.keys[0])}"
@@ -234,7 +235,7 @@ def read_block(tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         BadKey: when it is missing, with the nearest names.
         BadValue: when it has no columns.
     """
-    block = tensordict.get(key, None)
+    block = get_entry(tensordict, key)
     if not isinstance(block, Tensor):
         have = [k for k in tensordict.keys(True, True) if k != key]
         raise BadKey(f"no entry {key_text(key)} in the TensorDict", got=f"entries {have}", needed=nearest(key, have))

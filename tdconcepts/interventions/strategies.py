@@ -9,6 +9,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks.calling import get_entry
 from tdconcepts.interventions.spaces import Space, as_space, check_range, known_places, written
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.stages import ConceptStage
@@ -152,12 +153,13 @@ class GroundTruth(ConceptStage):
         if not self._direct or labels.shape != concepts.shape:
             value = self._written(labels, concepts)
             return value, known_places(value)
-        complete = check_range(labels, 0, 1, self._wrong)  # one look for both
-        value = labels if labels.dtype is concepts.dtype and labels.device == concepts.device else labels.to(concepts)
-        return value, None if complete else known_places(value)
+        if check_range(labels, 0, 1, self._wrong):  # one look for both
+            return labels.to(concepts), None
+        value = labels.to(concepts)
+        return value, known_places(value)
 
     def _labels(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
-        labels = tensordict.get(self.key, None)
+        labels = get_entry(tensordict, self.key)
         if not isinstance(labels, Tensor):
             have = list(tensordict.keys(True, True))
             raise BadKey("the labels are missing", got=f"no entry {key_text(self.key)}", needed=nearest(self.key, have))
