@@ -102,7 +102,8 @@ def set_entries(td: TensorDictBase, entries: Mapping[Any, Any]) -> TensorDictBas
 
     Args:
         td: where to write, not locked.
-        entries: tensors ``[*B, ...]``, or what else a TensorDict holds, by their keys.
+        entries: tensors ``[*B, ...]``, or what else a TensorDict holds, by their keys; or a dict of them by the name of
+            their group.
 
     Raises:
         RuntimeError: tensordict's own, where ``td`` is locked; whoever calls this has asked before.
@@ -115,7 +116,9 @@ def set_entries(td: TensorDictBase, entries: Mapping[Any, Any]) -> TensorDictBas
     groups: dict[str, dict[str, Any]] = {}
     fits = td.device is None and type(td) is TensorDict
     for key, value in entries.items():
-        if type(key) is tuple and len(key) == 2 and (key[0] in groups or not has_entry(td, key[0])):
+        if type(value) is dict:
+            groups[key] = {**groups.get(key, {}), **value}
+        elif type(key) is tuple and len(key) == 2 and (key[0] in groups or not has_entry(td, key[0])):
             groups.setdefault(key[0], {})[key[1]] = value
         elif fits and type(key) is str:
             td._set_str(key, value, inplace=False, validated=True)

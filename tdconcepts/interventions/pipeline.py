@@ -157,7 +157,7 @@ def _in_one_go(
         ranks = ranks.expand_as(plain)
     else:
         source = tensordict
-        if value_key in score.in_keys:
+        if not score.fixed and value_key in score.in_keys:
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
         if every:
@@ -169,6 +169,9 @@ def _in_one_go(
         result = replace.all_replaced(concepts, new)
     else:
         result = replace.replaced(concepts, mask, new, ranks)
+    if selected is None and apart and len(value_key) == 2:
+        group = {value_key[1]: new, score_key[1]: ranks, mask_key[1]: mask, before_key[1]: concepts}
+        return set_entries(tensordict, {value_key[0]: group, at: result})
     found = {value_key: new, score_key: ranks, mask_key: mask, before_key: concepts, at: result}
     if selected is not None:
         there = () if apart else tensordict.keys(True)

@@ -179,7 +179,7 @@ def _are_probabilities(labels: Tensor) -> bool:
     if kind is None or type(labels) is not Tensor or not (labels.is_cpu and labels.numel() and is_visible(labels)):
         return False
     labels = labels.detach() if labels.requires_grad else labels
-    return bool(np.maximum.reduce(labels.numpy().view(kind[0]), axis=None) <= kind[1])
+    return int(np.maximum.reduce(labels.numpy().view(kind[0]), None)) <= kind[1]
 
 
 def known_places(value: Tensor) -> Tensor | None:

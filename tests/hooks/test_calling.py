@@ -139,12 +139,14 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_entries_at_once_are_entries_one_by_one(place):
     td, expected = PLACES[place](), PLACES[place]()
-    for key, value in ENTRIES.items():
+    for key, value in {**ENTRIES, ("whole group", "a"): y, ("n", "late"): x, ("made", "late"): y}.items():
         expected.set(key, value)
-    assert set_entries(td, ENTRIES) is td
+    groups = {"whole group": {"a": y}, "n": {"late": x}, "made": {"late": y}}
+    assert set_entries(td, {**ENTRIES, **groups}) is td
+    assert groups == {"whole group": {"a": y}, "n": {"late": x}, "made": {"late": y}}
     assert set(td.keys(True)) == set(expected.keys(True))
     assert (td == expected).all()
-    for group in ("n", "made", ("n", "more")):
+    for group in ("n", "made", "whole group", ("n", "more")):
         assert td[group].batch_size == expected[group].batch_size
         assert td[group].device == expected[group].device
         assert td[group].names == expected[group].names
