@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 
 __all__ = ["LinearFit", "known_labels", "linear_fit"]
 
@@ -26,7 +26,9 @@ class LinearFit(NamedTuple):
         weight: ``[C, F]``.
         bias: ``[C]``.
         iterations: of the slowest column.
-        gradient: the largest entry of the gradient of the mean loss that was left.
+        gradient: the largest entry of the gradient of the mean loss that was left, with the mean of each feature taken
+            off. (By the weights of features as they are it is larger, by their mean times the entry of the bias: for
+            large means, more than single precision can tell.)
 
     Examples:
         >>> fit = linear_fit(torch.tensor([[-1.0], [1.0]]), torch.tensor([[0.0], [1.0]]))
@@ -58,16 +60,21 @@ def linear_fit(
     step costs one product of the rows with C vectors and one back; where the processor multiplies bfloat16 faster, all
     but the last steps are taken with rounded rows. Least squares without missing labels is the solution of H itself.
 
+    The rows are centred first (and so are the labels, for least squares), so that a large mean doesn't take the digits:
+    that moves b alone, which has no penalty, so the optimum is the same.
+
     Args:
         x: rows ``[N, F]``, float32 or float64.
-        y: ``[N, C]``, NaN where it is missing.
-        ridge: :math:`\lambda`.
+        y: ``[N, C]`` of any dtype, NaN where it is missing.
+        ridge: :math:`\lambda`, 0 or more.
         loss: which L.
         iterations: at most.
-        tolerance: on the largest entry of the gradient of the mean loss.
+        tolerance: on the largest entry of the gradient of the mean loss, of rows that are centred.
 
     Raises:
-        BadValue: for a system that can't be solved (``ridge=0`` with fewer rows than features).
+        BadType: for rows that are not float32 or float64.
+        BadValue: for numbers that are not finite, other options, and a system that can't be solved (``ridge=0`` with
+            fewer rows than features).
 
     Examples:
         >>> x = torch.tensor([[0.0], [1.0], [2.0]])
@@ -75,20 +82,37 @@ def linear_fit(
         >>> round(fit.weight.item(), 3), round(fit.bias.item(), 3)
         (3.0, 1.0)
     """
-    known = known_labels(y)
-    mask = None if known is None else known.to(x.dtype)
-    y = y if known is None else y.masked_fill(~known, 0)
-    penalty = F.pad(x.new_full((x.shape[1],), ridge), (0, 1))
-    if loss == "squares" and mask is None:
-        factor = _factor(x.double(), penalty.double(), 1.0)
-        pulled = torch.cat([x.mT @ y, y.sum(0, keepdim=True)])
-        found = torch.cholesky_solve(pulled.double(), factor).to(x.dtype)
-        return LinearFit(found[:-1].mT.contiguous(), found[-1], 1, 0.0)
-    start = torch.cholesky_inverse(_factor(x, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
-    rough = _Rough.of(x) if _is_faster(x, y.shape[-1]) else None
-    problem = _Problem(x, y, mask, penalty.unsqueeze(-1), loss == "logistic", rough)
-    w, count, left = _descend(problem, start, iterations, tolerance)
-    return LinearFit(w[:-1].mT.contiguous(), w[-1], count, left)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise BadType("a fit needs single or double precision", got=str(x.dtype), fix="x.float()")
+    can = 0 <= ridge <= torch.finfo(x.dtype).max and loss in ("logistic", "squares")
+    if not can or not isinstance(iterations, int) or iterations < 1 or not tolerance >= 0:
+        got = f"ridge={ridge!r}, loss={loss!r}, iterations={iterations!r}, tolerance={tolerance!r}"
+        needed = '"logistic" or "squares", a finite ridge and a tolerance of 0 or more, iterations of 1 or more'
+        raise BadValue("not a way to fit", got=got, needed=needed)
+    with torch.autocast(x.device.type, enabled=False):
+        y = y.to(x.dtype)
+        known = known_labels(y)
+        mask = None if known is None else known.to(x.dtype)
+        y = y if known is None else y.masked_fill(~known, 0)
+        mean, middle = x.mean(0), y.new_zeros(y.shape[1])
+        x = x - mean
+        if loss == "squares":
+            middle = y.mean(0) if mask is None else y.sum(0) / mask.sum(0).clamp(min=1)
+            y = y - middle
+        penalty = F.pad(x.new_full((x.shape[1],), ridge), (0, 1))
+        count, left = 1, 0.0
+        if loss == "squares" and mask is None:
+            factor = _factor(x.double(), penalty.double(), 1.0)
+            w = torch.cholesky_solve(torch.cat([x.mT @ y, y.sum(0, keepdim=True)]).double(), factor)
+        else:
+            start = torch.cholesky_inverse(_factor(x, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
+            rough = x.bfloat16() if _is_faster(x, y.shape[-1]) else None
+            problem = _Problem(x, y, mask, penalty.unsqueeze(-1), loss == "logistic", rough)
+            w, count, left = _descend(problem, start, iterations, tolerance)
+        weight = w[:-1].mT.to(x.dtype).contiguous()
+        bias = (w[-1].double() + middle - weight.double() @ mean.double()).to(x.dtype)
+    _check_finite(weight, bias)
+    return LinearFit(weight, bias, count, left)
 
 
 def known_labels(y: Tensor) -> Tensor | None:
@@ -110,8 +134,14 @@ def _factor(x: Tensor, penalty: Tensor, bound: float) -> Tensor:
         factor, wrong = torch.linalg.cholesky_ex(wide)
         if not int(wrong):
             return factor
+    _check_finite(matrix)
     got = f"ridge={float(penalty[0]):g} with {count} rows of {size} features"
     raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0")
+
+
+def _check_finite(*results: Tensor) -> None:
+    if not all(bool(result.isfinite().all()) for result in results):
+        raise BadValue("the fit is not finite", got="NaN, inf or numbers that are too large", needed="finite numbers")
 
 
 def _is_faster(x: Tensor, columns: int) -> bool:
@@ -122,43 +152,24 @@ def _is_faster(x: Tensor, columns: int) -> bool:
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-class _Rough(NamedTuple):
-    """The rows in bfloat16; centred, so that a large mean doesn't take the digits."""
-
-    rows: Tensor  # [N, F]
-    mean: Tensor  # [F]
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Rough:
-        mean = x.mean(0)
-        return cls((x - mean).bfloat16(), mean)
-
-    def along(self, w: Tensor, out: Tensor) -> Tensor:
-        return out.copy_(self.rows @ w[:-1].bfloat16()).add_(self.mean @ w[:-1] + w[-1])
-
-    def pulled(self, slope: Tensor) -> Tensor:
-        total = slope.sum(0)
-        found = (self.rows.mT @ slope.bfloat16()).to(slope.dtype)
-        return torch.cat([found.addcmul_(self.mean.unsqueeze(-1), total), total.unsqueeze(0)])
-
-
 class _Problem(NamedTuple):
-    x: Tensor  # [N, F]
+    x: Tensor  # [N, F], centred
     y: Tensor  # [N, C]
     mask: Tensor | None  # [N, C]
     penalty: Tensor  # [F + 1, 1]
     logistic: bool
-    rough: _Rough | None = None
+    rough: Tensor | None = None  # x in bfloat16
 
     def along(self, w: Tensor, out: Tensor) -> Tensor:
         """The scores of ``w [F + 1, C]``: ``[N, C]``."""
-        return torch.addmm(w[-1], self.x, w[:-1], out=out) if self.rough is None else self.rough.along(w, out)
+        if self.rough is not None:
+            return out.copy_(self.rough @ w[:-1].bfloat16()).add_(w[-1])
+        return torch.addmm(w[-1], self.x, w[:-1], out=out)
 
     def pulled(self, slope: Tensor) -> Tensor:
         """What the slopes ``[N, C]`` are for the weights: ``[F + 1, C]``."""
-        if self.rough is not None:
-            return self.rough.pulled(slope)
-        return torch.cat([self.x.mT @ slope, slope.sum(0, keepdim=True)])
+        found = self.x.mT @ slope if self.rough is None else (self.rough.mT @ slope.bfloat16()).to(slope.dtype)
+        return torch.cat([found, slope.sum(0, keepdim=True)])
 
     def slope(self, scores: Tensor, room: _Room) -> tuple[Tensor, Tensor]:
         """The derivative of the loss by each score, and the predictions, which the curvature is made of."""

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tdconcepts.concepts.solve import _is_faster, _Rough, linear_fit
-from tdconcepts.errors import BadValue
+from tdconcepts.concepts.solve import _is_faster, _Problem, linear_fit
+from tdconcepts.errors import BadType, BadValue
 
 
 def data(n=200, features=12, columns=5, seed=0):
@@ -56,10 +56,13 @@ def test_rounded_rows_lead_to_the_same_optimum(monkeypatch, loss, dtype, iterati
     y[:70, 2] = torch.nan
     x, y, tolerance = x.to(dtype), y.to(dtype), 1e-9 if dtype is torch.float64 else 1e-4
     used = []
-    along = _Rough.along
-    monkeypatch.setattr(
-        "tdconcepts.concepts.solve._Rough.along", lambda self, w, out: used.append(1) or along(self, w, out)
-    )
+    along = _Problem.along
+
+    def watched(self, w, out):
+        used.extend([] if self.rough is None else [1])
+        return along(self, w, out)
+
+    monkeypatch.setattr("tdconcepts.concepts.solve._Problem.along", watched)
     found = []
     for rough in (False, True):
         monkeypatch.setattr("tdconcepts.concepts.solve._is_faster", lambda x, columns, rough=rough: rough)
@@ -98,3 +101,89 @@ def test_more_features_than_rows():
     assert linear_fit(x, y, 1.0, tolerance=1e-8).gradient <= 1e-8
     with pytest.raises(BadValue, match="a ridge above 0"):
         linear_fit(x, y, 0.0, "squares")
+
+
+def centred_gradient(x, y, fit, loss):
+    """The largest entry of the gradient of the mean loss in each column, with ridge 1 and double numbers."""
+    x, known, wanted = x.double(), ~y.isnan(), y.double().nan_to_num()
+    s = x @ fit.weight.double().mT + fit.bias.double()
+    slope = ((s.sigmoid() if loss == "logistic" else s) - wanted) * known
+    found = torch.cat([(x - x.mean(0)).mT @ slope + fit.weight.double().mT, slope.sum(0, keepdim=True)])
+    return (found.abs().amax(0) / known.sum(0)).max().item()
+
+
+@pytest.mark.parametrize("mean", [300.0, 2000.0, 1e4])
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+def test_a_large_mean_takes_no_digits(mean, missing):
+    """Without centring, single precision found a mean of 2000 to have no solution, and its gradient was a wrong one."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 6, generator=g) + mean
+    y = (x[:, :2] - mean + torch.randn(500, 2, generator=g) > 0).float()
+    y = y.masked_fill(torch.rand(y.shape, generator=g) < missing, torch.nan)
+    before = x.clone()
+    fit = linear_fit(x, y)
+    assert torch.equal(x, before)
+    assert fit.gradient <= 1e-4
+    assert centred_gradient(x, y, fit, "logistic") == pytest.approx(fit.gradient, abs=1e-5 + 3e-8 * mean)
+    for c in range(2):
+        rows = ~y[:, c].isnan()
+        shifted = x[rows].double() - mean  # scikit-learn itself does not converge with such means
+        peer = linear_model.LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(shifted.numpy(), y[rows, c])
+        torch.testing.assert_close(fit.weight[c].double(), torch.from_numpy(peer.coef_[0]), atol=2e-3, rtol=2e-3)
+        scores = x[rows].double() @ fit.weight[c].double() + fit.bias[c].double()
+        wanted = torch.from_numpy(peer.decision_function(shifted.numpy()))
+        torch.testing.assert_close(scores, wanted, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("mean", [1000.0, 1e4])
+@pytest.mark.parametrize("missing", [0.0, 0.1])
+def test_least_squares_with_a_large_mean(mean, missing):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 5, generator=g) + mean
+    y = (x.double() @ torch.randn(5, 1, generator=g).double()).float()  # its mean is large too
+    y = y.masked_fill(torch.rand(y.shape, generator=g) < missing, torch.nan)
+    fit, rows = linear_fit(x, y, 1e-3, "squares", tolerance=1e-5), ~y[:, 0].isnan()
+    peer = linear_model.Ridge(1e-3).fit(x[rows].double().numpy(), y[rows, 0].double().numpy())
+    torch.testing.assert_close(fit.weight[0].double(), torch.from_numpy(peer.coef_), atol=1e-4, rtol=1e-4)
+    residual = x[rows].double() @ fit.weight[0].double() + fit.bias[0].double() - y[rows, 0]
+    assert residual.square().mean() < 1e-6 * y[rows, 0].var()
+
+
+@pytest.mark.parametrize("loss", ["logistic", "squares"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_labels_of_another_dtype_than_the_rows(loss, dtype):
+    x, y = data(60, 4, 2)
+    torch.testing.assert_close(linear_fit(x, y.to(dtype), 1.0, loss), linear_fit(x, y, 1.0, loss))
+    single = linear_fit(x.float(), y, 1.0, loss)
+    assert single.weight.dtype == single.bias.dtype == torch.float32
+
+
+def test_autocast_takes_no_digits():
+    x, y = data(60, 4, 2)
+    x, y = x.float(), y.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_fit(x, y), linear_fit(x, y, loss="squares")
+    torch.testing.assert_close(found, (linear_fit(x, y), linear_fit(x, y, loss="squares")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"ridge": torch.inf}, BadValue, "ridge=inf"),
+        ({"ridge": -1.0}, BadValue, "ridge=-1.0"),
+        ({"ridge": 1e300}, BadValue, "a finite ridge"),
+        ({"iterations": 0}, BadValue, "iterations of 1 or more"),
+        ({"iterations": -1}, BadValue, "iterations=-1"),
+        ({"tolerance": torch.nan}, BadValue, "tolerance=nan"),
+        ({"loss": "hinge"}, BadValue, "hinge"),
+        ({"x": torch.ones(4, 1, dtype=torch.int64)}, BadType, "int64"),
+        ({"x": torch.tensor([[0.0], [1], [torch.nan], [3]])}, BadValue, "not finite"),
+        ({"y": torch.tensor([[0.0], [1], [torch.inf], [3]]), "loss": "squares"}, BadValue, "not finite"),
+    ],
+)
+def test_bad_input(changes, error, text):
+    given = {"x": torch.arange(4.0).unsqueeze(1), "y": torch.tensor([[0.0], [0], [1], [1]])}
+    with pytest.raises(error, match=text):
+        linear_fit(**given | changes)
