@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.keys import NestedKey, as_key, join, key_text
-from tdconcepts.rl.episodes import Policy, check_env, done_key, interaction, seeded_reset
+from tdconcepts.rl.episodes import Policy, check_env, done_key, interaction, seeded_reset, wrapped_env
 
 __all__ = ["Restore", "counterfactual", "restore_state"]
 
@@ -309,10 +309,7 @@ def _spread(value: Tensor, env: Any) -> Tensor:
 
 def _simulators(env: Any) -> list[Any]:
     """The gymnasium environments with a settable state, one for each slot."""
-    inner = env
-    while getattr(inner, "base_env", None) is not None:
-        inner = inner.base_env
-    held = getattr(inner, "_env", None)
+    held = wrapped_env(env)
     found = list(getattr(held, "envs", [])) or [held]
     return found if all(hasattr(getattr(one, "unwrapped", None), "state") for one in found) else []
 

@@ -180,14 +180,22 @@ def _together(
 
 def seeded_reset(env: Any, seeds: list[int]) -> TensorDictBase:
     """Reset ``env`` to the start states that ``seeds`` name: one for each slot where it can be said, else the first."""
-    inner = env
-    while getattr(inner, "base_env", None) is not None:
-        inner = inner.base_env
-    vector = getattr(inner, "_env", None)
-    if env.batch_size and getattr(vector, "num_envs", None) == len(seeds):
+    if env.batch_size and getattr(wrapped_env(env), "num_envs", None) == len(seeds):
         return env.reset(seed=seeds)  # a gymnasium VectorEnv takes one seed for each slot
     env.set_seed(seeds[0])
     return env.reset()
+
+
+def wrapped_env(env: Any) -> Any:
+    """What a torchrl environment wraps under its transforms, or None.
+
+    Only attributes of the environment's own are looked at: torchrl's batched environments answer for their members,
+    with a list or a promise of one, and with an error while they are not started.
+    """
+    own = getattr(env, "__dict__", {})
+    while (inner := own.get("_modules", {}).get("base_env")) is not None:
+        own = inner.__dict__
+    return own.get("_env")
 
 
 def done_key(env: Any) -> NestedKey:

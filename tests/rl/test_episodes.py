@@ -7,7 +7,7 @@ from tensordict.nn import TensorDictModule
 from tdconcepts.errors import BadValue
 
 pytest.importorskip("torchrl")
-from tdconcepts.rl import cartpole_env, episode_returns
+from tdconcepts.rl import cartpole_env, compare_returns, episode_returns, rollout_episodes
 from tdconcepts.rl.episodes import run_episodes
 
 
@@ -59,6 +59,26 @@ def test_a_transformed_environment_is_seeded_slot_by_slot_too():
 
     env = TransformedEnv(cartpole_env(2), RewardSum())
     assert episode_returns(env, POLICY, [9, 2])["return"].tolist() == [by_hand(9)[0], by_hand(2)[0]]
+
+
+def test_a_batched_environment_need_not_be_started_before():
+    from torchrl.envs import GymEnv, RewardSum, SerialEnv, TransformedEnv
+
+    def make():
+        return GymEnv("CartPole-v1", categorical_action_encoding=True)
+
+    def summed():
+        return TransformedEnv(make(), RewardSum())
+
+    found = [
+        episode_returns(env, POLICY, [5, 6], max_steps=12)
+        for env in (SerialEnv(2, make), TransformedEnv(SerialEnv(2, make), RewardSum()), SerialEnv(2, summed))
+    ]
+    assert found[0]["length"].tolist() == [12, 12]
+    assert all(torch.equal(one["return"], found[0]["return"]) for one in found)
+    compared = compare_returns(SerialEnv(2, make), POLICY, {"same": POLICY}, [5, 6], max_steps=12)
+    assert compared.of("same")["return"].tolist() == [12, 12]
+    assert rollout_episodes(SerialEnv(2, make), POLICY, seeds=[5, 6], max_steps=3).shape[0] == 2
 
 
 def test_episodes_are_cut_at_max_steps_and_it_shows():
