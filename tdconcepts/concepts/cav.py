@@ -24,7 +24,8 @@ class CavFit(NamedTuple):
     Args:
         score: ``[C]``, the accuracy on the rows that were fitted; R^2 for a continuous column.
         iterations: of the slowest column.
-        gradient: the largest entry of the gradient of the mean loss that was left.
+        gradient: the largest entry of the gradient of the mean loss that was left, with the mean of each feature taken
+            off.
 
     Examples:
         >>> z = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
@@ -44,7 +45,8 @@ class ConceptActivationVectors(BlockStage):
     :meth:`fit` solves :math:`\min \sum_i m_{ic} \log(1 + e^{-y_{ic} \ell_c(z_i)}) + \frac{\lambda}{2} \|w_c\|^2` for
     all columns at once (y is +1 or -1, m is 0 where the label is missing); continuous columns are fitted by least
     squares instead. A column of a categorical concept is its state against the others. ``vectors`` are the concept
-    activation vectors, :math:`w_c / \|w_c\|`.
+    activation vectors, :math:`w_c / \|w_c\|`. Where all weights of a column are 0 there is no hyperplane: its vector
+    and its distances are 0.
 
     =======  =======================  ====================
     reads    ``"latent"``             ``[*B, in_features]``
@@ -91,9 +93,9 @@ class ConceptActivationVectors(BlockStage):
 
     @property
     def vectors(self) -> Tensor:
-        """The concept activation vectors, ``[C, in_features]``, each of length one."""
+        """The concept activation vectors, ``[C, in_features]``, each of length one (zeros where the weights are)."""
         self._check_fitted()
-        return self.weight / self.weight.norm(dim=-1, keepdim=True)
+        return self.weight / self._lengths().unsqueeze(-1)
 
     def fit(
         self,
@@ -110,24 +112,24 @@ class ConceptActivationVectors(BlockStage):
         Args:
             latent: ``[*B, in_features]``.
             labels: ``[*B, K]`` or ``[*B, C]``, NaN where there is none; see :meth:`ConceptSpec.targets`.
-            ridge: :math:`\\lambda`, scikit-learn's ``1 / C``; 0 or more.
+            ridge: :math:`\\lambda`, scikit-learn's ``1 / C``; a finite number of 0 or more.
             solver: ``"logistic"``, or ``"ridge"``: least squares on labels of -1 and 1, in closed form where no label
                 is missing.
-            iterations: at most.
-            tolerance: on the largest entry of the gradient of the mean loss, as scikit-learn's ``tol``.
+            iterations: at most, 1 or more.
+            tolerance: on the largest entry of the gradient of the mean loss, as scikit-learn's ``tol`` for features
+                with mean 0.
 
         Raises:
-            BadValue: for another shape, numbers that are not finite, no rows, and a column that is always true or
-                always false, with its name.
+            BadValue: for another shape, other options, numbers that are not finite, no rows, and a column that is
+                always true or always false, with its name.
             BadType: for a latent that is not float32 or float64.
         """
         if latent.dtype not in (torch.float32, torch.float64):
             raise BadType("a fit needs single or double precision", got=str(latent.dtype), fix="latent.float()")
         check_block(latent, (self.in_features,), self._read[0])
-        if solver not in ("logistic", "ridge") or not ridge >= 0:
-            got = f"solver={solver!r}, ridge={ridge!r}"
-            raise BadValue("not a way to fit", got=got, needed='"logistic" or "ridge", and ridge of 0 or more')
-        with torch.no_grad():
+        if solver not in ("logistic", "ridge"):
+            raise BadValue("not a way to fit", got=f"solver={solver!r}", needed='"logistic" or "ridge"')
+        with torch.no_grad(), torch.autocast(latent.device.type, enabled=False):
             like = latent[..., :1].expand(*latent.shape[:-1], self.concepts.size)
             targets = self.concepts.targets(labels, like).reshape(-1, self.concepts.size)
             rows = latent.reshape(-1, self.in_features)
@@ -144,15 +146,22 @@ class ConceptActivationVectors(BlockStage):
                 weight[columns], bias[columns] = found.weight, found.bias
                 count, left = max(count, found.iterations), max(left, found.gradient)
             score = self._score(torch.nn.functional.linear(rows, weight, bias), targets)
-            self.weight, self.bias = weight.to(self.weight), bias.to(self.bias)
-            self.fitted.fill_(True)
+        with torch.inference_mode(False):  # what is made in inference mode could not be loaded into or learnt through
+            self.weight = torch.empty_like(self.weight).copy_(weight)
+            self.bias = torch.empty_like(self.bias).copy_(bias)
+            self.fitted = torch.ones_like(self.fitted)
         return CavFit(score, count, left)
 
     def compute(self, *entries: Tensor) -> Tensor:
         latent = check_block(entries[0], (self.in_features,), self._read[0])
         self._check_fitted()
         logits = torch.nn.functional.linear(latent, self.weight, self.bias)
-        return logits / self.weight.norm(dim=-1) if self.distance else logits
+        return logits / self._lengths() if self.distance else logits
+
+    def _lengths(self) -> Tensor:
+        """The length of each column's weights, ``[C]``; inf for 0, so that what is divided by it is 0."""
+        length = self.weight.norm(dim=-1)
+        return length.masked_fill(length == 0, torch.inf)
 
     def _check_fitted(self) -> None:
         if not torch.compiler.is_compiling() and not bool(self.fitted):
@@ -179,6 +188,9 @@ class ConceptActivationVectors(BlockStage):
         known = known_labels(targets)
         low = (targets if known is None else targets.masked_fill(~known, torch.inf)).amin(0)
         high = (targets if known is None else targets.masked_fill(~known, -torch.inf)).amax(0)
+        wild = (low.isinf() | high.isinf()).logical_and_(low <= high).nonzero().flatten().tolist()
+        if wild:
+            raise BadValue("a label is not finite", got=f"inf for {names[wild[0]]!r}", needed="finite numbers, or NaN")
         same = (low >= high).nonzero().flatten().tolist()
         if same:
             count = int((~targets[:, same[0]].isnan()).sum())

@@ -88,6 +88,54 @@ def test_copies_pickles_and_state_dicts_are_fitted():
     torch.testing.assert_close(stacked.weight, cavs.weight)
 
 
+def test_where_weights_are_zero_there_is_no_direction_and_no_distance():
+    cavs = ConceptActivationVectors(6, ["a"], distance=True)
+    cavs.fit(torch.ones(10, 6), (torch.arange(10) % 2).float().unsqueeze(1))
+    assert torch.equal(cavs.weight, torch.zeros(1, 6))
+    assert torch.equal(cavs.vectors, torch.zeros(1, 6))
+    assert torch.equal(cavs(latent=torch.randn(2, 6)), torch.zeros(2, 1))
+
+
+def test_a_fit_in_inference_mode_can_be_loaded_into_and_learnt_through():
+    cavs, _ = fitted()
+    other = ConceptActivationVectors(6, SPEC)
+    with torch.inference_mode():
+        other.fit(*data())
+    torch.testing.assert_close(other.state_dict(), cavs.state_dict())
+    z = torch.ones(1, 6, requires_grad=True)
+    other(latent=z).sum().backward()
+    torch.testing.assert_close(z.grad[0], cavs.weight.sum(0))
+    other.load_state_dict({key: value + 1 for key, value in cavs.state_dict().items()})
+    assert torch.equal(other.bias, cavs.bias + 1)
+
+
+@pytest.mark.parametrize("solver", ["logistic", "ridge"])
+def test_autocast_takes_no_digits(solver):
+    cavs, fit = fitted(solver=solver)
+    other = ConceptActivationVectors(6, SPEC)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = other.fit(*data(), solver=solver)
+    torch.testing.assert_close(other.state_dict(), cavs.state_dict())
+    torch.testing.assert_close(found, fit)
+
+
+def test_latents_with_a_large_mean():
+    z, labels = data()
+    cavs, far = ConceptActivationVectors(6, SPEC), ConceptActivationVectors(6, SPEC)
+    torch.testing.assert_close(far.fit(z + 2000, labels).score, cavs.fit(z, labels).score, atol=1e-2, rtol=0)
+    torch.testing.assert_close(far.vectors, cavs.vectors, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [[torch.inf], [-torch.inf], [torch.inf, -torch.inf], [torch.inf, torch.nan]])
+def test_a_label_that_is_not_finite(wrong):
+    z, labels = data()
+    labels[: len(wrong), 2] = torch.tensor(wrong)
+    cavs = ConceptActivationVectors(6, SPEC)
+    with pytest.raises(BadValue, match="not finite\n  got:     inf for 'c'"):
+        cavs.fit(z, labels)
+    assert not cavs.fitted
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -102,6 +150,8 @@ def test_copies_pickles_and_state_dicts_are_fitted():
         (lambda c, z, y: c.fit(z[:0], y[:0]), BadValue, "0 rows"),
         (lambda c, z, y: c.fit(z, y, solver="svm"), BadValue, "svm"),
         (lambda c, z, y: c.fit(z, y, ridge=-1.0), BadValue, "-1.0"),
+        (lambda c, z, y: c.fit(z, y, ridge=torch.inf), BadValue, "ridge=inf"),
+        (lambda c, z, y: c.fit(z, y, iterations=-1), BadValue, "iterations=-1"),
     ],
 )
 def test_bad_input(call, error, text):
