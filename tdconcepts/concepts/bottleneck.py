@@ -79,14 +79,14 @@ class ConceptBottleneck(ConceptModel):
             raise BadValue("not a space for concepts", got=repr(space), needed='"probs" or "logits"')
         key = as_key(key)
         logits_key = beside(key, join(key)[-1] + "_logits") if space == "probs" else key
-        first = wrapped(encoder, "encoder", in_keys or "observation", logits_key, given=in_keys)
+        blocks = [key, logits_key] if space == "probs" else [key]
+        first = wrapped(encoder, "encoder", in_keys or "observation", logits_key, given=in_keys, writes=blocks)
         named: OrderedDict[str, TensorDictModuleBase] = OrderedDict(encoder=first)
         if key not in first.out_keys:
-            if logits_key not in first.out_keys:
-                needed = f"{key_text(key)} or {key_text(logits_key)}" if space == "probs" else key_text(key)
-                raise BadKey("the encoder writes no concepts", got=f"out_keys {first.out_keys}", needed=needed)
             named["activation"] = ConceptActivation(spec, logits_key, key)
-        named["head"] = last = wrapped(head, "head", key, out_keys or "logits", given=out_keys)
+        named["head"] = last = wrapped(head, "head", key, out_keys or "logits", given=out_keys, writes=[])
         if key not in last.in_keys:
-            raise BadKey("the head does not read the concepts", got=f"in_keys {last.in_keys}", needed=key_text(key))
+            fix = f"TensorDictModule(net, {[key]}, {list(last.out_keys)})"
+            got, needed = f"in_keys {last.in_keys}", key_text(key)
+            raise BadKey("the head does not read the concepts", got=got, needed=needed, fix=fix)
         super().__init__(named, spec, key, space)

@@ -43,6 +43,7 @@ class ConceptMemoryReasoner(ConceptModel):
         key: the entry of the concepts; the other entries lie beside it.
 
     Raises:
+        BadKey: for an encoder that has keys and does not write the latent.
         BadType: for an encoder that is no module.
         BadValue: for a size below 1, and for ``in_keys`` of an encoder that has keys.
 

@@ -94,12 +94,24 @@ def wrapped(
     in_keys: NestedKey | list[NestedKey],
     out_keys: NestedKey | list[NestedKey],
     given: NestedKey | list[NestedKey] | None = None,
+    writes: list[NestedKey] | None = None,
 ) -> TensorDictModuleBase:
-    """``module`` itself when it has keys, else wrapped; ``given`` are the keys that the caller asked for, if any."""
+    """``module`` itself when it has keys, else wrapped; ``given`` are the keys that the caller asked for, if any.
+
+    One that has keys must write one of ``writes``: by default one of ``out_keys``, and anything where it is empty.
+    """
     if isinstance(module, TensorDictModuleBase):
         if given is not None:
             fix = "leave the keys out, or pass the bare module"
             raise BadValue(f"the {what} is a TensorDictModule and has its keys", got=f"also {given!r}", fix=fix)
+        needed, written = as_keys(out_keys) if writes is None else as_keys(writes), as_keys(module.out_keys)
+        if needed and not any(key in written for key in needed):
+            raise BadKey(
+                f"the {what} does not write what the model reads of it",
+                got=f"out_keys {written}",
+                needed=" or ".join(key_text(key) for key in needed),
+                fix=f"TensorDictModule(net, {list(module.in_keys)}, {as_keys(out_keys)[:1]})",
+            )
         return module
     if not isinstance(module, nn.Module):
         raise BadType(f"the {what} is no module", got=f"{module!r} ({type(module).__name__})", needed="an nn.Module")

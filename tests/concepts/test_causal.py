@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.concepts.causal import CausalBottleneck, GraphBottleneck
@@ -15,7 +15,7 @@ from tdconcepts.concepts.losses import ConceptLoss
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.concepts.teaching import teach
 from tdconcepts.concepts.toys import toy_data
-from tdconcepts.errors import BadType, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Target
 from tdconcepts.interventions import Do, GradientPolicy, GroundTruth, Intervention, intervene
 
@@ -95,6 +95,9 @@ def test_bad_input():
         build(GraphBottleneck, concepts=["A", "B", "C"])
     with pytest.raises(BadType, match="encoder is no module"):
         CausalBottleneck(3, DAG, in_features=2)
+    for kind in MODELS:
+        with pytest.raises(BadKey, match=r"TensorDictModule\(net, \['x'\], \['latent'\]\)"):
+            kind(TensorDictModule(nn.Linear(4, 3), ["x"], ["z"]), DAG, in_features=3)
     with pytest.raises(BadValue, match="embedding_size"):
         build(CausalBottleneck, embedding_size=0)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from tdconcepts.concepts.embedding import ConceptEmbedding
 from tdconcepts.concepts.spec import ConceptSpec
-from tdconcepts.errors import BadType, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.interventions import Do, intervene
 
 
@@ -72,6 +72,11 @@ def test_an_encoder_with_keys_copies():
     [
         (lambda: embedding(head="linear"), BadType, "head is no module"),
         (lambda: embedding(head=0), BadValue, "out_features"),
+        (
+            lambda: ConceptEmbedding(TensorDictModule(nn.Linear(6, 5), ["x"], ["z"]), 2, ["a"], in_features=5),
+            BadKey,
+            r"(?s)out_keys \['z'\].*'latent'.*way out: TensorDictModule\(net, \['x'\], \['latent'\]\)",
+        ),
         (lambda: ConceptEmbedding(nn.Linear(6, 5), 2, ["a"], in_features=5, embedding_size=0), BadValue, "embedding"),
         (lambda: ConceptEmbedding(nn.Linear(6, 5), 2, ["a"], in_features=4)(torch.zeros(2, 6)), BadValue, "4"),
     ],

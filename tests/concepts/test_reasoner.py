@@ -3,13 +3,13 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.concepts.losses import ConceptLoss, TotalLoss
 from tdconcepts.concepts.reasoner import ConceptMemoryReasoner
 from tdconcepts.concepts.toys import toy_data
-from tdconcepts.errors import BadType
+from tdconcepts.errors import BadKey, BadType
 from tdconcepts.interventions import Do, intervene
 
 
@@ -59,3 +59,5 @@ def test_it_learns_xor_by_rules_that_can_be_read():
 def test_bad_input():
     with pytest.raises(BadType, match="encoder is no module"):
         ConceptMemoryReasoner("mlp", 1, 2, in_features=3)
+    with pytest.raises(BadKey, match=r"TensorDictModule\(net, \['x'\], \['latent'\]\)"):
+        ConceptMemoryReasoner(TensorDictModule(nn.Linear(4, 3), ["x"], ["z"]), 1, 2, in_features=3)

@@ -88,7 +88,9 @@ def test_the_small_checks():
 def test_a_bare_module_is_wrapped_and_one_with_keys_is_not():
     assert wrapped(nn.Identity(), "head", "a", "b").in_keys == ["a"]
     stage = Sum(["a", "b"], ["s", "d"])
-    assert wrapped(stage, "head", "x", "y") is stage
+    assert wrapped(stage, "head", "x", "y", writes=[]) is wrapped(stage, "head", "x", "d") is stage
+    with pytest.raises(BadKey, match=r"(?s)out_keys \['s', 'd'\].*'u' or 'v'.*\(net, \['a', 'b'\], \['y'\]\)"):
+        wrapped(stage, "head", "x", "y", writes=["u", "v"])
     with pytest.raises(BadValue, match="has its keys"):
         wrapped(stage, "head", "x", "y", given="x")
     with pytest.raises(BadType, match="no module"):
