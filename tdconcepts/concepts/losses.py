@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tdconcepts.concepts.missing import missing
 from tdconcepts.concepts.spec import ConceptSpec, Run
 from tdconcepts.concepts.stage import BlockStage, as_spec, check_block
 from tdconcepts.errors import BadValue
@@ -24,7 +25,9 @@ class ConceptLoss(BlockStage):
     continuous ones.
 
     :math:`\ell = \sum_k w_k m_k \ell_k / \sum_k w_k m_k` over the K concepts, with :math:`m_k = 0` where the label is
-    missing (NaN), so that it takes no part; 0 for a row without labels. ``reduction="sum"`` leaves the denominator out.
+    missing (NaN, in one of its columns is enough), so that it takes no part, and no gradient reaches its prediction,
+    whatever that is; 0 for a row without labels. ``reduction="sum"`` leaves the denominator out. A logit of -inf rules
+    a state of a categorical concept out: that costs nothing where the label is another one.
     A task is a block too: ``ConceptLoss(ConceptSpec(["digit"], [10]), {"logits": "digit"}, "task")``.
 
     =======  =========================  ==============================================================
@@ -78,28 +81,28 @@ class ConceptLoss(BlockStage):
     def compute(self, *entries: Tensor) -> Tensor:
         block = check_block(entries[0], (self.concepts.size,), self._read[0])
         targets = self.concepts.targets(entries[1], block)
-        parts = [self._part(run, block, targets) for run in self.concepts.runs]
+        gone = missing(self.concepts, targets)
+        found, wanted = block.masked_fill(gone, 0), targets.masked_fill(gone, 0)
+        parts = [self._part(run, found, wanted, gone) for run in self.concepts.runs]
         losses, known = (p[0] if len(p) == 1 else torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
         weights = self.weights.to(block) * known
-        total = (torch.where(known, losses, 0) * weights).sum(-1)
+        total = (losses * weights).sum(-1)
         return total if self.reduction == "sum" else total / weights.sum(-1).where(weights.any(-1), 1)
 
-    def _part(self, run: Run, block: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _part(self, run: Run, block: Tensor, targets: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each concept of a run and whether it is known, both ``[*B, k]``."""
         shape = (run.last - run.first, run.cardinality)
-        found, wanted = block[..., run.start : run.stop], targets[..., run.start : run.stop]
-        missing = wanted.isnan()
-        wanted = wanted.masked_fill(missing, 0)
+        found, wanted, gone = (x[..., run.start : run.stop] for x in (block, targets, gone))
         if run.kind == "binary":
             if self.space == "logits":
-                return F.binary_cross_entropy_with_logits(found, wanted, reduction="none"), ~missing
-            return F.binary_cross_entropy(found, wanted, reduction="none"), ~missing
+                return F.binary_cross_entropy_with_logits(found, wanted, reduction="none"), ~gone
+            return F.binary_cross_entropy(found, wanted, reduction="none"), ~gone
         found, wanted = found.unflatten(-1, shape), wanted.unflatten(-1, shape)
-        known = ~missing.unflatten(-1, shape).any(-1)
+        known = ~gone.unflatten(-1, shape)[..., 0]
         if run.kind == "continuous":
             return (found - wanted).square().mean(-1), known
         logs = found.log_softmax(-1) if self.space == "logits" else found.clamp(min=torch.finfo(found.dtype).tiny).log()
-        return -(wanted * logs).sum(-1), known
+        return -_expected(logs, wanted).sum(-1), known
 
 
 class LeakageLoss(BlockStage):
@@ -108,7 +111,8 @@ class LeakageLoss(BlockStage):
     Leakage is information on the task that soft concepts carry beside their labels. With the residual
     :math:`r = c - y_c` of each column and the columns :math:`t` of the task, both centred over the batch,
     :math:`\ell = \frac{1}{CT} \sum_{ct} \mathrm{cov}(r_c, t_t)^2 / (\mathrm{var}(r_c) \mathrm{var}(t_t))`: the mean
-    squared correlation, 0 where errors are unrelated to the task, and the same number for each row.
+    squared correlation, 0 where errors are unrelated to the task, and the same number for each row. A pair (c, t) is
+    compared over the rows in which both labels are known (not NaN), and counts as 0 where one does not vary there.
 
     =======  =====================  ======================================
     reads    ``"concepts"``         ``[*B, C]``
@@ -151,21 +155,16 @@ class LeakageLoss(BlockStage):
     def compute(self, *entries: Tensor) -> Tensor:
         block = check_block(entries[0], (self.concepts.size,), self._read[0])
         like = block.detach()[..., :1].expand(*block.shape[:-1], self.task.size)
-        residual = block - self.concepts.targets(entries[1], block)
-        task = self.task.targets(entries[2], like)
-        rows = (-1, residual.shape[-1]), (-1, task.shape[-1])
-        residual, task = _centred(residual.reshape(rows[0])), _centred(task.reshape(rows[1]))
-        covariance = residual.mT @ task
-        spread = residual.square().sum(0).unsqueeze(-1) * task.square().sum(0)
-        tiny = torch.finfo(spread.dtype).tiny ** 0.5
-        share = torch.where(spread > tiny, covariance.square() / spread.clamp(min=tiny), 0)
-        return share.mean().expand(block.shape[:-1])
+        targets, task = self.concepts.targets(entries[1], block), self.task.targets(entries[2], like)
+        share = _correlation(*_rows(self.concepts, block - targets, targets), *_rows(self.task, task, task)).square()
+        return share.mean().to(block.dtype).expand(block.shape[:-1])
 
 
 class CompletenessLoss(BlockStage):
     r"""What a black box knows about the task and the concepts don't: :math:`\mathrm{KL}(p_\mathrm{reference} \| p)`.
 
-    0 where the concepts are enough to say all that the reference says. No gradient reaches the reference.
+    0 where the concepts are enough to say all that the reference says. No gradient reaches the reference. A reference
+    of -inf or inf rules states out; a state without a share in the reference adds nothing.
 
     =======  =======================  ============
     reads    ``"logits"``             ``[*B, T]``
@@ -208,12 +207,8 @@ class CompletenessLoss(BlockStage):
         total = found.new_zeros(found.shape[:-1])
         for run in self.task.runs:
             one, other = found[..., run.start : run.stop], reference[..., run.start : run.stop].detach()
-            if run.kind == "binary":  # a state for false, whose logit is 0
-                one, other = (torch.stack([x, torch.zeros_like(x)], -1) for x in (one, other))
-            else:
-                one, other = (x.unflatten(-1, (-1, run.cardinality)) for x in (one, other))
-            logs = other.log_softmax(-1)
-            total = total + (logs.exp() * (logs - one.log_softmax(-1))).sum((-2, -1))
+            logs = _log_probs(run, other.clamp(-_far(other), _far(other)))
+            total = total + _expected(logs - _log_probs(run, one), logs.exp()).sum((-2, -1))
         return total
 
 
@@ -248,5 +243,47 @@ class TotalLoss(BlockStage):
         return sum((weight * loss for weight, loss in pairs), torch.zeros_like(entries[0]))
 
 
-def _centred(rows: Tensor) -> Tensor:
-    return rows - rows.mean(0, keepdim=True) if len(rows) else rows
+def _expected(values: Tensor, shares: Tensor) -> Tensor:
+    """``shares * values``; 0, with no gradient, where the share is 0, whatever the value is."""
+    return shares * torch.where(shares == 0, 0, values)
+
+
+def _log_probs(run: Run, logits: Tensor) -> Tensor:
+    """``[*B, columns] -> [*B, k, states]``; a binary concept has two states."""
+    if run.kind == "binary":
+        return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
+    return logits.unflatten(-1, (-1, run.cardinality)).log_softmax(-1)
+
+
+def _far(logits: Tensor) -> float:
+    """A logit that is as good as infinite, and can still be subtracted from its opposite."""
+    return torch.finfo(logits.dtype).max / 4
+
+
+def _rows(concepts: ConceptSpec, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each column about its mean over the rows with a label, 0 in the others, and which have one, both ``[N, C]``.
+
+    In float32 at least: a half has no room for the sum of some thousand squares.
+    """
+    known, wide = (
+        ~missing(concepts, labels).reshape(-1, concepts.size),
+        torch.promote_types(values.dtype, torch.float32),
+    )
+    rows, share = values.reshape(-1, concepts.size).to(wide), known.to(wide)
+    mean = rows.detach().where(known, 0).sum(0) / share.sum(0).clamp(min=1)  # a shift, so without a gradient
+    return (rows - mean).where(known, 0), share
+
+
+def _correlation(rows: Tensor, known: Tensor, others: Tensor, also: Tensor) -> Tensor:
+    """Of each column with each other one, over the rows in which both are known ``[C, T]``; 0 where one is constant."""
+    with torch.autocast(rows.device.type, enabled=False):
+        n, second, other_squares = (known.mT @ torch.cat([also, others, others.square()], -1)).chunk(3, -1)
+        first, products = (rows.mT @ torch.cat([also, others], -1)).chunk(2, -1)
+        squares = rows.square().mT @ also
+    n = n.clamp(min=1)
+    covariance = products - first * second / n
+    variance, other_variance = squares - first.square() / n, other_squares - second.square() / n
+    least = 16 * torch.finfo(n.dtype).eps  # less than that is what rounding leaves
+    varies = (variance > least * squares) & (other_variance > least * other_squares)
+    scale = variance.where(varies, 1).sqrt() * other_variance.where(varies, 1).sqrt()
+    return torch.where(varies, covariance / scale, 0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tdconcepts.concepts.encoders import one_pair
 from tdconcepts.concepts.graphs import Dag
+from tdconcepts.concepts.missing import missing
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.concepts.stage import BlockStage, as_spec, check_block
 from tdconcepts.errors import BadValue
@@ -21,15 +22,17 @@ class LearnedGraph(BlockStage):
     r"""Each column from the columns of concepts with a lower priority; the weights that stay large are the edges.
 
     :math:`\hat\ell_j = b_j + \sum_i A_{ij} W_{ij} c_i` with :math:`A_{ij} = \sigma((p_j - p_i - \tau) / T)` for i and j
-    of different concepts in training, and :math:`A_{ij} = [p_j - p_i > \tau]` at evaluation. As
+    of different concepts in training, and :math:`A_{ij} = [p_j - p_i > \tau]` at evaluation. A concept whose label is
+    missing (NaN in one of its columns) takes no part: its terms are left out of the sum. To the equations it is then
+    like a 0; where labels are often missing, put what you expect in their place first, such as their mean. As
     :math:`\tau \ge 0`, an edge always leads to a higher priority: the graph has no cycle, in any state of training.
     Train it to predict the concepts from the labels (:class:`~tdconcepts.concepts.ConceptLoss`) plus
     :meth:`sparsity`, then read :meth:`dag` and build a :class:`~tdconcepts.concepts.GraphBottleneck`.
 
-    =======  ==================  ============
-    reads    ``"labels"``        ``[*B, C]``, columns
+    =======  ==================  =============================================
+    reads    ``"labels"``        ``[*B, C]``, columns, NaN where a label is missing
     writes   ``"explained"``     ``[*B, C]``, logits
-    =======  ==================  ============
+    =======  ==================  =============================================
 
     Args:
         concepts: what the columns mean.
@@ -106,4 +109,5 @@ class LearnedGraph(BlockStage):
     def compute(self, *entries: Tensor) -> Tensor:
         block = check_block(entries[0], (self.concepts.size,), self._read[0])
         mask = self.adjacency()[self.owner][:, self.owner]
+        block = block.masked_fill(missing(self.concepts, block), 0)
         return block @ (mask * self.weight) + self.bias

@@ -58,6 +58,33 @@ def test_a_missing_label_gives_no_gradient_and_a_nan_does_not_spread():
     assert logits.grad[3, 1:4].abs().min() > 0
 
 
+@pytest.mark.parametrize("space", ["logits", "probs"])
+def test_a_prediction_without_a_label_may_be_anything(space):
+    block = torch.full((4, 9), 0.3)
+    columns = SPEC.targets(LABELS)
+    expected = ConceptLoss(SPEC, space=space)(block, LABELS)
+    columns[1, 5:7] = nan  # one column of a concept is enough
+    expected[1] = ConceptLoss(SPEC, space=space)(block, torch.where(torch.arange(4).unsqueeze(-1) == 1, nan, LABELS))[1]
+    columns[1, [0, 7, 8]] = nan
+    odd = block.masked_fill(columns.isnan(), nan).requires_grad_()
+    found = ConceptLoss(SPEC, space=space)(odd, columns)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert odd.grad[columns.isnan()].abs().max() == 0
+    assert odd.grad.isfinite().all()
+
+
+def test_a_state_that_is_ruled_out_costs_nothing_where_the_label_is_another():
+    logits = torch.tensor([[0.0, 1, -math.inf], [-math.inf, 2, 0]], requires_grad=True)
+    label = torch.tensor([1, 1])
+    found = ConceptLoss(ConceptSpec(["c"], [3]))(logits, label)
+    expected = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert ConceptLoss(ConceptSpec(["c"], [3]))(logits[:1], torch.tensor([2])).item() == math.inf
+
+
 def test_a_task_is_a_block_and_columns_are_labels_too():
     logits, digit = torch.randn(5, 3), torch.tensor([0, 2, 1, 1, 0])
     stage = ConceptLoss(ConceptSpec(["digit"], [3]), {"logits": "digit"}, "task")
@@ -91,6 +118,44 @@ def test_leakage_is_the_mean_squared_correlation_of_errors_and_task():
     assert LeakageLoss(spec, goal)(concepts[:0], labels[:0], task[:0]).shape == (0,)
 
 
+def test_leakage_leaves_the_rows_out_in_which_a_label_is_missing():
+    torch.manual_seed(0)
+    concepts = torch.rand(40, 4, dtype=torch.float64).requires_grad_()
+    labels, task = torch.randint(0, 2, (40, 2)).double(), torch.randint(0, 2, (40, 2)).double()
+    spec, goal = ConceptSpec(["a", "b"], [1, 3]), ConceptSpec(2)
+    columns = spec.targets(labels)
+    columns[:5, 0] = columns[3:9, 2] = columns[39, 3] = nan
+    task[4:14, 1] = nan
+    odd = concepts.detach().masked_fill(columns.isnan(), nan).requires_grad_()
+    found = LeakageLoss(spec, goal)(odd, columns, task)[0]
+    columns[columns[:, 1:].isnan().any(-1), 1:] = nan
+    expected = 0.0
+    for c in range(4):
+        for t in range(2):
+            rows = ~(columns[:, c].isnan() | task[:, t].isnan())
+            pair = torch.stack([concepts[rows, c] - columns[rows, c], task[rows, t]])
+            expected = expected + pair.corrcoef()[0, 1] ** 2 / 8
+    torch.testing.assert_close(found, expected)
+    gradient, wanted = (torch.autograd.grad(*pair)[0] for pair in ((found, odd), (expected, concepts)))
+    torch.testing.assert_close(gradient, wanted)
+    nothing = LeakageLoss(spec, goal)(concepts, columns * nan, task)[0]
+    assert nothing == 0
+    assert torch.autograd.grad(nothing, concepts)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_leakage_of_many_rows_in_half_precision(dtype):
+    torch.manual_seed(0)
+    labels, task = torch.randint(0, 2, (8000, 2)).double(), torch.randint(0, 2, (8000, 1)).double()
+    concepts = 0.8 * labels + 0.1 * task
+    found, expected = (LeakageLoss(2, 1)(concepts.to(d), labels, task)[0] for d in (dtype, torch.float64))
+    assert found.dtype is dtype
+    assert found.item() == pytest.approx(expected.item(), rel=max(32 * torch.finfo(dtype).eps, 1e-4))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = LeakageLoss(2, 1)(concepts.to(dtype), labels, task)[0]
+    assert torch.equal(mixed, found)
+
+
 def test_leakage_falls_when_it_is_trained_down():
     torch.manual_seed(0)
     labels, task = torch.randint(0, 2, (200, 2)).float(), torch.randint(0, 2, (200,)).float()
@@ -119,6 +184,23 @@ def test_completeness_is_a_divergence_from_the_black_box():
     assert stage(logits, logits).abs().max() == 0
     found.sum().backward()
     assert reference.grad is None
+
+
+def test_a_reference_may_be_certain():
+    inf, goal = math.inf, ConceptSpec(["y", "z"], [3, 1])
+    logits = torch.tensor([[0.1, 0.2, -0.3, 0.4]]).repeat(4, 1).requires_grad_()
+    reference = torch.tensor([[-inf, 1, 2, inf], [inf, 0, 0, -inf], [-inf, inf, 3, 0], [-inf, -inf, 0, 0]])
+    probs = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0.5], [0, 0, 1, 0.5]])
+    probs[0, :3] = torch.tensor([0.0, 1.0, 2.0]).softmax(0) * torch.tensor([0, 1, 1])
+    probs[0, :3] /= probs[0, :3].sum()
+    found = CompletenessLoss(goal)(logits, reference)
+    p, q = (torch.cat([x, 1 - x[:, 3:]], 1) for x in (probs, goal.probs(logits)))
+    torch.testing.assert_close(found, torch.special.xlogy(p, p / q).sum(1))
+    found.sum().backward()
+    pull = torch.cat([logits[:, :3].softmax(1), logits[:, 3:].sigmoid()], 1) - probs
+    torch.testing.assert_close(logits.grad, pull)
+    masked = torch.tensor([[-inf, 0.0, 1.0, 0.0]])
+    assert CompletenessLoss(goal)(masked, masked).item() == 0
 
 
 def test_the_total_is_a_weighted_sum_and_trains_in_a_pipeline():

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nan
 
+from tdconcepts.concepts.losses import ConceptLoss
 from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.concepts.structure import LearnedGraph
 from tdconcepts.errors import BadValue
@@ -67,6 +69,23 @@ def test_a_chain_is_found():
         ((graph(block) - block).square().mean() + 0.02 * graph.sparsity()).backward()
         optimizer.step()
     assert {frozenset(edge) for edge in graph.dag(0.3).edges} == {frozenset("xy")}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_missing_label_takes_no_part_and_leaves_every_gradient_finite(training):
+    graph = learned().train(training)
+    labels = torch.tensor([[1.0, 0, 1, 0, nan], [nan, 0, nan, 1, 1], [0, 1, 0, 0, 1]])
+    found = graph(labels)
+    block = labels.clone()
+    block[0, 4] = block[1, 0] = 0
+    block[1, 1:4] = 0  # one column of a concept is missing, and so is the concept
+    torch.testing.assert_close(found, graph(block))
+    ConceptLoss(SPEC)(found, labels).sum().backward()
+    expected = [p.grad.clone() for p in graph.parameters() if p.grad is not None]
+    graph.zero_grad()
+    ConceptLoss(SPEC)(graph(block), labels).sum().backward()
+    assert all(grad.isfinite().all() for grad in expected)
+    torch.testing.assert_close([p.grad for p in graph.parameters() if p.grad is not None], expected)
 
 
 def test_bad_input():
