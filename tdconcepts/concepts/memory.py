@@ -122,8 +122,10 @@ class MemorySelector(TensorDictModuleBase):
         else:
             generator = selection if isinstance(selection, torch.Generator) else None
             source = scores.device if generator is None else generator.device
-            noise = torch.empty(scores.shape, dtype=scores.dtype, device=source).exponential_(generator=generator)
-            soft = ((scores - noise.to(scores.device).log()) / self.temperature).softmax(-1)
+            dtype = torch.promote_types(scores.dtype, torch.float32)  # half precision would draw zeros, and has no tail
+            uniform = torch.rand(scores.shape, dtype=dtype, device=source, generator=generator)
+            noise = -(-uniform.clamp(min=torch.finfo(dtype).tiny).log()).log()
+            soft = ((scores + noise.to(scores.device)) / self.temperature).softmax(-1).to(scores.dtype)
         hard = F.one_hot(soft.argmax(-1), self.memory_size).to(soft.dtype)
         return hard + (soft - soft.detach())
 

@@ -90,9 +90,28 @@ def test_gumbel_draws_slots_from_the_softmax_of_the_scores():
 
 def test_gumbel_noise_by_hand():
     model, x = selector(torch.Generator().manual_seed(3), temperature=0.7), torch.randn(8, 6)
-    noise = -torch.empty(8, 3, 4).exponential_(generator=torch.Generator().manual_seed(3)).log()
+    noise = -(-torch.rand(8, 3, 4, generator=torch.Generator().manual_seed(3)).log()).log()
     expected = ((model.selector(x) + noise) / 0.7).argmax(-1)
     assert torch.equal(model.weights(x).argmax(-1), expected)
+
+
+def test_gumbel_in_half_precision_draws_what_single_precision_draws(monkeypatch):
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    half = selector_with(11).half().weights(x.half())
+    assert half.dtype == torch.float16
+    assert torch.equal(half.argmax(-1), selector_with(11).weights(x).argmax(-1))
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **options: torch.zeros(*shape, **options))
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert selector_with(11).to(dtype).weights(x.to(dtype)).isfinite().all()
+
+
+def test_gumbel_under_vmap():
+    model, x = selector("gumbel"), torch.randn(6).expand(50, 2, 6)
+    weights = torch.vmap(model.weights, randomness="different")(x)
+    assert set(weights.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(weights, weights[:1].expand_as(weights))
+    weights = torch.vmap(model.weights, randomness="same")(x)
+    assert torch.equal(weights, weights[:1].expand_as(weights))
 
 
 def test_a_generator_decides_and_the_global_one_is_left_alone():
