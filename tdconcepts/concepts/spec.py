@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -42,7 +42,8 @@ class ConceptSpec:
         cardinalities: columns of each concept. Default: all 1.
         kinds: ``"binary"``, ``"categorical"`` or ``"continuous"`` for each concept. Default: by the cardinality, binary
             for 1 and categorical for more.
-        groups: names for sets of concepts, ``{"head": ["beak", "eye"]}``; :meth:`columns` takes them too.
+        groups: names for sets of concepts, ``{"head": ["beak", "eye"]}``, or such pairs as the attribute ``groups``
+            holds; :meth:`columns` takes these names too.
 
     Raises:
         BadValue: for repeated names, a cardinality below 1 or one that the kind can't have, numbers that differ.
@@ -66,7 +67,7 @@ class ConceptSpec:
         names: int | Iterable[str],
         cardinalities: Iterable[int] | None = None,
         kinds: Iterable[str] | None = None,
-        groups: Mapping[str, Iterable[str]] | None = None,
+        groups: Mapping[str, Iterable[str]] | Iterable[tuple[str, Iterable[str]]] | None = None,
     ) -> None:
         listed = tuple(map(str, range(names))) if type(names) is int else _as_names(names)
         counts = (1,) * len(listed) if cardinalities is None else tuple(cardinalities)
@@ -84,7 +85,7 @@ class ConceptSpec:
         object.__setattr__(self, "names", listed)
         object.__setattr__(self, "cardinalities", counts)
         object.__setattr__(self, "kinds", _as_kinds(kinds, listed, counts))
-        object.__setattr__(self, "groups", _as_groups(groups or {}, listed))
+        object.__setattr__(self, "groups", _as_groups(groups, listed))
         object.__setattr__(self, "_size", sum(counts))
         object.__setattr__(self, "_runs", _as_runs(self.kinds, counts))
 
@@ -304,8 +305,14 @@ def _as_kinds(kinds: Iterable[str] | None, names: tuple[str, ...], counts: tuple
     return listed
 
 
-def _as_groups(groups: Mapping[str, Iterable[str]], names: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    found = tuple((name, _as_names(members)) for name, members in groups.items())
+def _as_groups(groups: Any, names: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    given = () if groups is None else groups.items() if isinstance(groups, Mapping) else groups
+    pairs = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise BadType("not groups of concepts", got=repr(groups), needed='a dict such as {"head": ["beak", "eye"]}')
+    if len(dict(pairs)) < len(pairs):
+        raise BadValue("two groups have one name", got=repr([name for name, _ in pairs]), needed="different names")
+    found = tuple((name, _as_names(members)) for name, members in pairs)
     for name, members in found:
         unknown = [member for member in members if member not in names]
         if unknown:

@@ -190,8 +190,20 @@ def test_what_split_and_pack_refuse():
         ({"kinds": ["categorical", "categorical"]}, BadValue, "'a' is categorical"),
         ({"groups": {"g": ["c"]}}, BadKey, "group 'g'"),
         ({"groups": {"a": ["b"]}}, BadValue, "one name"),
+        ({"groups": [("g", ["a"]), ("g", ["b"])]}, BadValue, "two groups have one name"),
+        ({"groups": ["a", "b"]}, BadType, "not groups"),
+        ({"groups": 3}, BadType, "not groups"),
+        ({"groups": {1: ["a"]}}, BadType, "not groups"),
     ],
 )
 def test_bad_kinds_and_groups(arguments, error, text):
     with pytest.raises(error, match=text):
         ConceptSpec(["a", "b"], [1, 3], **arguments)
+
+
+def test_replace_keeps_the_groups():
+    spec = ConceptSpec(["a", "b"], [1, 3], groups={"g": ["a", "b"], "h": ["b"]})
+    assert dataclasses.replace(spec) == spec == ConceptSpec(spec.names, spec.cardinalities, spec.kinds, spec.groups)
+    assert dataclasses.replace(spec, groups={"g": ["a"]}).columns(["g"]) == [0]
+    with pytest.raises(BadKey, match="'b'"):
+        dataclasses.replace(spec, names=("a", "c"))
