@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks import check_module
-from tdconcepts.keys import NestedKey, as_key, key_text
+from tdconcepts.keys import NestedKey, as_key, join, key_text
 
 __all__ = ["ConceptGraph", "Dag", "SetStage"]
 
@@ -27,7 +27,8 @@ class Dag:
         edges: pairs (from, to) of their names.
 
     Raises:
-        BadKey: for an edge of an unknown name, with the nearest. BadValue: for a cycle, which is shown.
+        BadType: for an edge that is no pair of names. BadKey: for one of an unknown name, with the nearest.
+        BadValue: for a cycle, which is shown.
 
     Examples:
         >>> dag = Dag(["season", "rain", "sprinkler", "wet"], [
@@ -46,7 +47,7 @@ class Dag:
         known = set(listed)
         if len(known) < len(listed):
             raise BadValue("two concepts have one name", got=repr(listed), needed="different names")
-        pairs = tuple(dict.fromkeys((one, other) for one, other in edges))
+        pairs = tuple(dict.fromkeys(_pairs(edges)))
         for name in (end for pair in pairs for end in pair):
             if name not in known:
                 raise BadKey(f"no concept {name!r} for an edge", got=repr(name), needed=nearest(name, listed))
@@ -62,6 +63,8 @@ class Dag:
             >>> Dag.from_adjacency(torch.tensor([[0, 1], [0, 0]]), ["a", "b"]).edges
             (('a', 'b'),)
         """
+        if not isinstance(adjacency, Tensor):
+            raise BadType("not an adjacency matrix", got=repr(adjacency), needed="a tensor [n, n]")
         if adjacency.shape != (len(names), len(names)):
             needed = f"[{len(names)}, {len(names)}], as there are {len(names)} names"
             raise BadValue("not an adjacency matrix of these concepts", got=list(adjacency.shape), needed=needed)
@@ -159,10 +162,12 @@ class ConceptGraph(TensorDictSequential):
     =======  ==================================  ======================
 
     Args:
-        stages: a TensorDictModule for each name, in any order.
+        stages: a TensorDictModule for each name, in any order. It writes the entry of that name (or, nested, one that
+            ends in it), so that :attr:`dag` and ``at=`` speak of the same things.
 
     Raises:
         BadType: for a stage that is no TensorDictModule.
+        BadKey: for a stage that writes no entry of its name.
         BadValue: for a cycle, which is shown, and for an entry that two stages write.
 
     Examples:
@@ -188,6 +193,12 @@ class ConceptGraph(TensorDictSequential):
                     got = f"{writers[key]!r} and {name!r}"
                     raise BadValue(f"two stages write {key_text(key)}", got=got, needed="one writer of each entry")
                 writers[key] = name
+        for name, stage in stages.items():
+            if all(join(key)[-1] != name for key in stage.out_keys):
+                got, fix = f"out_keys {list(stage.out_keys)}", None
+                if len(stage.out_keys) == 1:
+                    fix = f"name it after its entry: {{{join(stage.out_keys[0])[-1]!r}: stage}}"
+                raise BadKey(f"the stage {name!r} writes no entry of its name", got=got, needed=repr(name), fix=fix)
         edges = [(writers[key], name) for name, stage in stages.items() for key in stage.in_keys if key in writers]
         dag = Dag(stages, edges)
         super().__init__(OrderedDict((name, stages[name]) for name in dag.order))
@@ -201,7 +212,10 @@ class ConceptGraph(TensorDictSequential):
 
         Raises:
             BadKey: for a name that is none. BadValue: for a stage of several entries.
+            BadType: for what is no mapping, and for what is no value.
         """
+        if not isinstance(values, Mapping):
+            raise BadType("not the values of stages", got=repr(values), needed="{name: number or tensor}")
         self.dag.do(values)
         replaced = dict(self.module.items())
         for name, value in values.items():
@@ -233,6 +247,7 @@ class SetStage(TensorDictModuleBase):
         like: an entry that every call has.
 
     Raises:
+        BadType: for a value that is no number.
         BadValue: for a value that is not finite, or has more than one dim.
         BadKey: when ``like`` is missing.
 
@@ -243,7 +258,11 @@ class SetStage(TensorDictModuleBase):
 
     def __init__(self, key: NestedKey, value: float | Tensor, like: NestedKey | None = None) -> None:
         super().__init__()
-        row = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+        try:
+            row = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.get_default_dtype())
+        except (TypeError, ValueError, RuntimeError) as error:
+            needed = "a number, or a tensor [n] of them"
+            raise BadType("not the value of a row", got=repr(value), needed=needed) from error
         if row.ndim > 1 or not bool(row.isfinite().all()):
             raise BadValue("not the value of a row", got=repr(value), needed="a number, or a tensor [n] of them")
         self.register_buffer("value", row.reshape(-1), persistent=False)
@@ -264,6 +283,20 @@ class SetStage(TensorDictModuleBase):
         if tensordict.is_locked:
             raise BadValue("the TensorDict is locked", got=f"{key_text(self._key)} to write", fix="pass td.copy()")
         return tensordict.set(self._key, value.expand(*batch, len(value)).clone())
+
+
+def _pairs(edges: object) -> list[tuple[str, str]]:
+    """The edges as pairs of names; a string is none, also not one of two letters."""
+    needed, fix = "pairs of names", '[("rain", "wet"), ...]'
+    if isinstance(edges, str) or not isinstance(edges, Iterable):
+        raise BadType("not the edges of a graph", got=repr(edges), needed=needed, fix=fix)
+    pairs = []
+    for edge in edges:
+        ends = edge if isinstance(edge, tuple | list) else ()
+        if len(ends) != 2 or not all(isinstance(end, str) for end in ends):
+            raise BadType("not an edge", got=repr(edge), needed=needed, fix=fix)
+        pairs.append((ends[0], ends[1]))
+    return pairs
 
 
 def _cycle(parents: Mapping[str, set[str]], done: set[str]) -> list[str]:

@@ -15,7 +15,7 @@ from tdconcepts.concepts.graphs import ConceptGraph, Dag, SetStage
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.interventions import Do, intervene
 
-SPRINKLER = Dag("srkw", ["sr", "sk", "rw", "kw"])
+SPRINKLER = Dag("srkw", [("s", "r"), ("s", "k"), ("r", "w"), ("k", "w")])
 
 
 @given(st.lists(st.booleans(), min_size=15, max_size=15), st.permutations(range(6)))
@@ -48,9 +48,9 @@ def test_do_cuts_the_edges_into_a_concept_and_no_others():
 def test_a_cycle_is_shown():
     """torch_concepts puts all concepts of a cycle on one level, in silence."""
     with pytest.raises(BadValue, match=r"a -> b -> c -> a|b -> c -> a -> b|c -> a -> b -> c"):
-        Dag("abcd", ["ab", "bc", "ca", "ad"])
+        Dag("abcd", [("a", "b"), ("b", "c"), ("c", "a"), ("a", "d")])
     with pytest.raises(BadValue, match="a -> a"):
-        Dag("a", ["aa"])
+        Dag("a", [("a", "a")])
 
 
 def graph():
@@ -99,7 +99,13 @@ def test_do_of_a_tensor_and_the_dtype_of_the_rest():
 @pytest.mark.parametrize(
     ("build", "error", "text"),
     [
-        (lambda: Dag("ab", ["ac"]), BadKey, "no concept 'c'"),
+        (lambda: Dag("ab", [("a", "c")]), BadKey, "no concept 'c'"),
+        (lambda: Dag("ab", [("a", "b", "a")]), BadType, r"not an edge\n.*\('a', 'b', 'a'\)"),
+        (lambda: Dag("ab", ["ab"]), BadType, "not an edge\n.*'ab'"),
+        (lambda: Dag("ab", [("a", 1)]), BadType, "not an edge"),
+        (lambda: Dag("ab", {"a": "b"}), BadType, "not an edge"),
+        (lambda: Dag("ab", None), BadType, "edges of a graph"),
+        (lambda: Dag.from_adjacency([[0, 1], [0, 0]], "ab"), BadType, "adjacency"),
         (lambda: Dag(["a", "a"], []), BadValue, "one name"),
         (lambda: SPRINKLER.parents("x"), BadKey, "no concept 'x'"),
         (lambda: SPRINKLER.do(["x"]), BadKey, "no concept 'x'"),
@@ -112,6 +118,14 @@ def test_do_of_a_tensor_and_the_dtype_of_the_rest():
             BadValue,
             "cycle",
         ),
+        (
+            lambda: ConceptGraph({"a": Mod(nn.Identity(), ["x"], ["z"])}),
+            BadKey,
+            r"(?s)'a' writes no entry.*{'z': stage}",
+        ),
+        (lambda: graph().do(["rain"]), BadType, r"values of stages\n.*\['rain'\]"),
+        (lambda: graph().do({"rain": "1"}), BadType, "value of a row\n.*'1'"),
+        (lambda: graph().do({"rain": None}), BadType, "value of a row"),
         (lambda: graph().do({"rains": 1.0}), BadKey, "did you mean 'rain'"),
         (lambda: graph().do({"rain": float("nan")}), BadValue, "nan"),
         (lambda: SetStage("a", torch.zeros(2, 2)), BadValue, "value of a row"),

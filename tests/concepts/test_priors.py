@@ -34,8 +34,8 @@ def test_rows_can_be_changed_apart_and_gradients_add_up():
 
 
 def test_the_root_of_a_graph():
-    graph = ConceptGraph({"y": LinearPredictor(5, 1, {"concepts_logits": "y"}), "a": ConceptPrior(SPEC)})
-    assert list(graph.module) == ["a", "y"]
+    graph = ConceptGraph({"y": LinearPredictor(5, 1, {"concepts_logits": "y"}), "concepts_logits": ConceptPrior(SPEC)})
+    assert list(graph.module) == ["concepts_logits", "y"]
     assert graph(TensorDict({}, [2]))["y"].shape == (2, 1)
 
 

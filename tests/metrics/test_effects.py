@@ -40,7 +40,7 @@ def test_an_effect_by_hand():
 
 def test_in_a_graph_the_effect_goes_through_what_depends_on_the_concept():
     torch.manual_seed(0)
-    model = GraphBottleneck(nn.Linear(4, 8), Dag("xyz", ["xy", "yz"]), in_features=8)
+    model = GraphBottleneck(nn.Linear(4, 8), Dag("xyz", [("x", "y"), ("y", "z")]), in_features=8)
     td = TensorDict({"observation": torch.randn(7, 4)}, [7])
     effect = causal_concept_effect(model, td, "x", out="concepts")
     assert effect[0] == 1
