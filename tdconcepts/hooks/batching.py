@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd
 
 from tdconcepts.errors import BadValue, import_extra
+from tdconcepts.hooks.calling import check_dense
 from tdconcepts.keys import NestedKey
 
 __all__ = ["align", "check_chunk_size", "expand", "groups", "joined", "rows_of", "slices", "tracked"]
@@ -46,12 +47,13 @@ def align(value: Tensor, batch: torch.Size, name: str) -> Tensor:
     Merging is taken to be row-major, as ``flatten`` does and torchrl's networks do.
 
     Raises:
-        BadValue: when ``value`` does not have the batch in front.
+        BadValue: when ``value`` does not have the batch in front. BadType: for a nested tensor.
 
     Examples:
         >>> align(torch.zeros(6, 5), torch.Size([2, 3]), "conv").shape
         torch.Size([2, 3, 5])
     """
+    check_dense(value, name)
     if value.shape[: len(batch)] == batch:
         return value
     if len(batch) > 1 and value.ndim and value.shape[0] == batch.numel():

@@ -136,6 +136,21 @@ def set_entries(td: TensorDictBase, entries: Mapping[Any, Any]) -> TensorDictBas
     return td
 
 
+def check_dense(value: Tensor, name: str) -> None:
+    """Refuse a nested tensor, which has no shape to line up with a batch.
+
+    Raises:
+        BadType: with what makes them.
+    """
+    if value.is_nested:
+        raise BadType(
+            f"{name} is a nested tensor",
+            got="rows of different lengths",
+            needed="a tensor with the batch in front",
+            fix="nn.TransformerEncoder(..., enable_nested_tensor=False), or train(), or a call with gradients",
+        )
+
+
 def get_entry(td: TensorDictBase, key: NestedKey) -> Any:
     """``td.get(key, None)``, in a fifth of its time where the key is a name and ``td`` a plain TensorDict."""
     return td._get_str(key, None) if type(key) is str and type(td) is TensorDict else td.get(key, None)

@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Distribution
 
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.interventions.spaces import Space, as_space, is_visible, written
-from tdconcepts.interventions.stages import ConceptStage
+from tdconcepts.interventions.stages import ConceptStage, in_kind
 
 __all__ = ["FromDistribution", "Resample", "check_generator", "drawing_from"]
 
@@ -28,7 +28,7 @@ class FromDistribution(ConceptStage):
     Args:
         distribution: one for all columns (of batch shape ``[]``), one for the whole block (of batch or event shape
             ``[C]``), or a list with one for each concept, of shape ``[]`` for one column or event shape ``[n]`` for n.
-            The states of a ``Categorical`` become one-hot columns.
+            The states of a ``Categorical`` become one-hot columns; two states are the labels of a binary concept.
         reparameterised: whether the draws keep a gradient to the distribution's parameters (``rsample``). Default:
             False, ``sample``.
         generator: where the draws come from; the global generator is then left as it was. Default: the global one.
@@ -74,11 +74,13 @@ class FromDistribution(ConceptStage):
         self.reparameterised, self.generator, self.space = reparameterised, check_generator(generator), as_space(space)
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
-        lead, columns = concepts.shape[:-1], concepts.shape[-1]
+        lead = concepts.shape[:-1]
         try:
             with drawing_from(self.generator):
                 if isinstance(self.distribution, tuple):
                     drawn = torch.cat([self._block(one, lead) for one in self.distribution], dim=-1)
+                elif isinstance(self.distribution, Categorical) and not self.distribution.batch_shape:
+                    drawn = self._states(self.distribution, concepts)
                 else:
                     whole = len(self.distribution.batch_shape + self.distribution.event_shape)
                     drawn = self._draw(self.distribution, lead if whole else concepts.shape)
@@ -94,10 +96,23 @@ class FromDistribution(ConceptStage):
         if drawn.shape != concepts.shape:
             got, needed = f"draws of shape {list(drawn.shape)}", f"{list(concepts.shape)}"
             raise BadValue("the distribution does not fit the concepts", got=got, needed=needed)
-        drawn = drawn.to(concepts)
+        drawn = in_kind(drawn, concepts)
         if self.space in (None, "continuous"):
             return drawn
-        return written(drawn, concepts.new_zeros(()).expand(*lead, columns), self.splice, self.space, "the draws")
+        return written(drawn, concepts, self.splice, self.space, "the draws")
+
+    def _states(self, one: Categorical, concepts: Tensor) -> Tensor:
+        """One-hot columns for each concept of so many states; two states of a binary concept are its labels."""
+        n, columns = one.probs.shape[-1], concepts.shape[-1]
+        sizes = set(self.splice.cardinalities or [1 if n == 2 else n])
+        if sizes == {1} and n == 2:
+            return self._draw(one, concepts.shape)
+        if sizes != {n} or columns % n:
+            got, fix = f"a Categorical of {n} states", "a list with a distribution for each concept"
+            needed = f"concepts of {n} states each, in {columns} columns"
+            raise BadValue("the distribution does not fit the concepts", got=got, needed=needed, fix=fix)
+        drawn = self._draw(one, torch.Size([*concepts.shape[:-1], columns // n]))
+        return torch.nn.functional.one_hot(drawn, n).flatten(-2).to(one.probs)
 
     def _block(self, one: Distribution, lead: torch.Size) -> Tensor:
         drawn = self._draw(one, lead)

@@ -43,7 +43,9 @@ class InterventionPipeline(TensorDictSequential):
 
     Where the value is NaN (a label that is not known) a concept keeps its prediction, and the mask is False. What is
     the same for all rows (a constant, the score of a policy that is fixed) takes no memory for each of them: its rows
-    are views of one, so ``clone()`` such an entry before you write into it. The mask has memory of its own.
+    are views of one; a value that is written as it is (labels of the same dtype, a parameter) shares the memory that it
+    comes from. So ``clone()`` a score or a value before you write into it. The mask, and what stands at ``at`` then,
+    have memory of their own.
 
     With ``sequential`` the stages are ``"value"``, ``"greedy"`` (a :class:`~tdconcepts.interventions.GreedyStage`,
     which writes ``("intervention", "order")`` too) and ``"replace"``.
@@ -85,7 +87,7 @@ class InterventionPipeline(TensorDictSequential):
     ) -> None:
         splice = at if isinstance(at, Splice) else Splice(as_key(at))
         value, score = _bound(strategy, "value", splice), _bound(policy, "score", splice)
-        chooser = SelectStage(splice, missing=getattr(value, "misses", True), **select)
+        chooser = SelectStage(splice, missing=True, **select)
         temperature = getattr(score, "temperature", None)
         replace = ReplaceStage(splice, straight_through=straight_through, temperature=temperature)
         middle = {"greedy": GreedyStage(score, chooser, splice)} if sequential else {"score": score, "select": chooser}
@@ -118,7 +120,7 @@ class InterventionPipeline(TensorDictSequential):
 
 def _is_ours(stages: Collection[Any]) -> bool:
     """Whether the stages are four of this package, with nothing on them that a run in one go would pass by."""
-    if [type(stage).forward for stage in stages] != _FORWARDS:
+    if [vars(stage).get("forward", type(stage).forward) for stage in stages] != _FORWARDS:
         return False
     for stage in stages:  # noqa: SIM110 - a generator takes longer
         if stage._forward_hooks or stage._forward_pre_hooks:
@@ -157,7 +159,7 @@ def _in_one_go(
         ranks = ranks.expand_as(plain)
     else:
         source = tensordict
-        if not score.fixed and value_key in score.in_keys:
+        if not score.fixed and (score.sees_value or value_key in score.in_keys):
             source = tensordict.copy().set(value_key, new)
         ranks = score.compute(plain, source)
         if every:

@@ -96,7 +96,8 @@ class OrderPolicy(ConceptStage):
                 raise BadValue("a concept of the order is out of range", got=index, needed=f"0 to {count - 1}")
             row[index] = float(len(self.order) - position)
         columns = row if owner is None else [row[i] for i in owner]
-        return torch.tensor(columns, dtype=concepts.dtype, device=concepts.device).expand(concepts.shape)
+        exact = torch.promote_types(concepts.dtype, torch.float32)  # in half precision neighbours would be alike
+        return torch.tensor(columns, dtype=exact, device=concepts.device).expand(concepts.shape)
 
 
 class RandomPolicy(ConceptStage):
@@ -122,6 +123,7 @@ class RandomPolicy(ConceptStage):
     """
 
     writes = "score"
+    sees_value = False
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -167,6 +169,7 @@ class UncertaintyPolicy(ConceptStage):
     """
 
     writes = "score"
+    sees_value = False
 
     def __init__(self, center: float | None = None, *, measure: Literal["distance", "entropy"] | None = None) -> None:
         if not (center is None or type(center) in (int, float)):
@@ -193,6 +196,7 @@ class UncertaintyPolicy(ConceptStage):
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         if self._by_entropy:
             return self._entropy(concepts)
+        concepts = concepts.float() if concepts.dtype is torch.bool else concepts
         return (concepts - self._undecided).abs_().neg_()
 
     def _entropy(self, concepts: Tensor) -> Tensor:
@@ -245,6 +249,7 @@ class LearnedPolicy(ConceptStage):
     """
 
     writes = "score"
+    sees_value = False
 
     def __init__(
         self,

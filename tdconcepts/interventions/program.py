@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks import Bound, Hooked, Patch, Programs, Site, check_module, cut, locate
+from tdconcepts.hooks.calling import check_dense
 from tdconcepts.interventions.pipeline import InterventionPipeline, Step
 from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.selection import Selection
@@ -99,7 +100,7 @@ class Intervention:
         policy = UniformPolicy() if self.policy is None else self.policy
         pipeline = InterventionPipeline(policy, self.strategy, splice, **self.options)
         written = tuple(key for key in pipeline.out_keys if key != splice.at)
-        check_writable(written, [*module.in_keys, *module.out_keys])
+        check_writable(written, [*module.in_keys, *module.out_keys, *pipeline.in_keys])
         (bound,) = Patch({self.at: _Edit(pipeline, splice)}).bind(module)
         first = _Present(bound.in_keys, bound.edit_inputs)
         return [bound._replace(out_keys=written, edit_inputs=first, finish=_Finish(written))]
@@ -151,6 +152,7 @@ class _Edit:
         if td is None and missing:
             got = "a direct call of the model with tensors"
             raise BadKey(f"no entry {key_text(missing[0])}", got=got, needed="a call with a TensorDict")
+        check_dense(value, key_text(self.at))
         batch = torch.Size([]) if td is None or value.shape[: td.batch_dims] != td.batch_size else td.batch_size
         local = TensorDict({key: entry for key, entry in entries.items() if entry is not None}, batch)
         self.pipeline(local.set(self.at, value))

@@ -71,7 +71,7 @@ def _top_bytes(score: Tensor, k: int) -> Tensor:
 def _paired_mask(score: Tensor, k: int) -> Tensor:
     """The same by comparing each pair of columns, which the compiler makes one loop of, with what is around it."""
     if score.is_floating_point():
-        score = torch.where(score == score, score, -torch.inf)
+        score = torch.where(score == score, score.clamp(torch.finfo(score.dtype).min), -torch.inf)
     own, other = score.unsqueeze(-1), score.unsqueeze(-2)
     earlier = torch.ones(score.shape[-1:] * 2, dtype=torch.bool, device=score.device).tril(-1)
     return torch.where(earlier, other >= own, other > own).sum(-1) < k
@@ -80,7 +80,7 @@ def _paired_mask(score: Tensor, k: int) -> Tensor:
 def _top_mask(score: Tensor, k: int) -> Tensor:
     n = score.shape[-1]
     if score.is_floating_point():
-        score = score.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        score = score.nan_to_num(-torch.inf, torch.inf, torch.finfo(score.dtype).min)
     elif score.dtype is torch.bool:
         score = score.to(torch.uint8)
     if _is_plain(score):  # numpy's vectorised partition takes a sixth of the time of kthvalue, which branches
@@ -154,15 +154,16 @@ def _order(score: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _ranked(score: Tensor, allowed: Tensor) -> Tensor:
-    """Finite scores, and minus infinity for what is not allowed."""
+    """Finite scores, of which the lowest stands for NaN, and minus infinity for what is not allowed."""
     score = score.detach()
     if not score.is_floating_point():
         score = score.double()
-    low, high = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max
+    least, high, eps = torch.finfo(score.dtype).min, torch.finfo(score.dtype).max, torch.finfo(score.dtype).eps
+    nan, low = least * (1 - eps), least * (1 - 2 * eps)
     if torch.compiler.is_compiling():  # which makes a loop of single numbers of nan_to_num
-        finite = torch.where(score == score, score.clamp(low, high), low)
+        finite = torch.where(score == score, score.clamp(low, high), nan)
     else:
-        finite = score.nan_to_num(low, high, low)
+        finite = score.nan_to_num(nan, high, low)
     return torch.where(allowed, finite, -torch.inf)
 
 
@@ -170,4 +171,4 @@ def _is_plain(score: Tensor) -> bool:
     """Whether the numbers are at hand: in main memory, in a type of numpy's, not traced and not mapped."""
     if type(score) is not Tensor or not score.is_cpu or torch.compiler.is_compiling():
         return False
-    return score.dtype in _NUMPY and not torch._C._functorch.is_batchedtensor(score)
+    return score.dtype in _NUMPY and torch._C._functorch.maybe_current_level() is None

@@ -116,8 +116,7 @@ class SelectStage(TensorDictModuleBase):
             self._number(known)
         self.budget = _check_budget(said.get("budget"))
         costs = _as_costs(select.get("cost"), names, self._count, self.budget)
-        self.register_buffer("_costs", costs, persistent=False)
-        self.register_buffer("_chance", _as_chance(said.get("probability"), self._count), persistent=False)
+        self._costs, self._chance = costs, _as_chance(said.get("probability"), self._count)  # no buffers: .half()
         self.generator = check_generator(select.get("generator"))
         if self.generator is not None and self._chance is None:
             needed = "probability=; a RandomPolicy has a generator of its own"
@@ -182,12 +181,15 @@ class SelectStage(TensorDictModuleBase):
     def units(self, score: Tensor) -> Tensor:
         """``[*B, C]`` to one score for each concept (or group) ``[*B, K]``: the largest of its columns."""
         if self._columns not in (None, score.shape[-1]):
-            raise BadValue("not a score for these concepts", got=list(score.shape), needed=f"[*B, {self._columns}]")
+            got, needed = f"a score {list(score.shape)}", f"[*B, {self._columns}], as concepts= says"
+            fix = "ConceptSpec(names, cardinalities=...), or a score for each column"
+            raise BadValue("the score is not one of these concepts", got=got, needed=needed, fix=fix)
         if self._last >= score.shape[-1]:
             got, needed = f"index {self._last}", f"below {score.shape[-1]}"
             raise BadValue("a candidate is out of range", got=got, needed=needed)
         if self._owner is None or self._count is None:
             return score
+        score = score if score.is_floating_point() else score.double()
         lowest = score.new_full((*score.shape[:-1], self._count), -torch.inf)
         return lowest.scatter_reduce(-1, self._owner.to(score.device).expand(score.shape), score, "amax")
 
@@ -219,7 +221,7 @@ class SelectStage(TensorDictModuleBase):
         if self._costs.shape[0] not in (1, units.shape[-1]):
             got = f"{self._costs.shape[0]} costs"
             raise BadValue("costs and concepts differ in number", got=got, needed=f"{units.shape[-1]}")
-        return self._costs.expand(units.shape[-1])
+        return self._costs.to(units.device).expand(units.shape[-1])
 
     def read(self, tensordict: TensorDictBase) -> Tensor | None:
         """The entry that says for each row which concepts are candidates."""

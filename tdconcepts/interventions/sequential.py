@@ -12,6 +12,7 @@ from tdconcepts.interventions.selection import SelectStage
 from tdconcepts.interventions.spaces import is_visible, known_places
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.stages import read_block, write
+from tdconcepts.keys import key_text
 
 __all__ = ["GreedyStage"]
 
@@ -63,12 +64,16 @@ class GreedyStage(TensorDictModuleBase):
         candidates, known = self.select.read(tensordict), known_places(value) if self.select.missing else None
         work = tensordict.copy()
         score = final = read_block(self.score(work), score_key)
+        if score.shape != concepts.shape:
+            needed = f"{list(concepts.shape)}, as {key_text(at)}"
+            raise BadValue("score and concepts differ in shape", got=list(score.shape), needed=needed)
         units = self.select.units(score)
         allowed, counts = self.select.allowed(units, candidates, known)
         if self.select.is_off:
             allowed = torch.zeros_like(allowed)
         order = torch.full_like(units, -1, dtype=torch.long)
-        left = None if self.select.budget is None else units.new_full(units.shape[:-1], self.select.budget).double()
+        budget = self.select.budget
+        left = None if budget is None else units.new_full(units.shape[:-1], budget, dtype=torch.float64)
         rounds = counts if isinstance(counts, int) and left is None else units.shape[-1]
         for step in range(rounds):
             if step:
@@ -78,8 +83,8 @@ class GreedyStage(TensorDictModuleBase):
                 final = torch.where(replaced, final, score)
             open_ = allowed & (order < 0)
             if left is not None:
-                costs = self.select.costs(units).to(left)
-                open_ = open_ & (costs <= (left * (1 + 1e-9)).unsqueeze(-1))
+                costs = self.select.costs(units)
+                open_ = open_ & (costs <= left.unsqueeze(-1) + 1e-9 * (budget or 0.0))  # as in affordable_mask
             elif isinstance(counts, torch.Tensor):
                 open_ = open_ & (step < counts).unsqueeze(-1)
             chosen = counted_mask(self.select.units(score), open_, 1)

@@ -74,6 +74,8 @@ def written(labels: Tensor, concepts: Tensor, splice: Splice, space: Space | Non
         >>> written(torch.tensor([0.3, 0.4, 0.6]), torch.zeros(3), splice, "onehot")
         tensor([0., 0., 1.])
     """
+    if not concepts.is_floating_point():  # which has no NaN, and is looked at where it is written
+        concepts = concepts.new_zeros((), dtype=torch.float64).expand_as(concepts)
     columns = concepts.shape[-1]
     cardinalities = splice.cardinalities
     if space == "onehot" and cardinalities is None:
@@ -176,10 +178,15 @@ def _are_probabilities(labels: Tensor) -> bool:
     The bits of numbers from 0 to 1 are in the order of the numbers, and those of all others, NaN too, are above.
     """
     kind = _ONE.get(labels.dtype)
-    if kind is None or type(labels) is not Tensor or not (labels.is_cpu and labels.numel() and is_visible(labels)):
+    if kind is None or type(labels) is not Tensor or not (labels.is_cpu and labels.numel() and _is_at_hand()):
         return False
-    labels = labels.detach() if labels.requires_grad else labels
+    labels = labels.resolve_neg().detach() if labels.requires_grad or labels.is_neg() else labels
     return int(np.maximum.reduce(labels.numpy().view(kind[0]), None)) <= kind[1]
+
+
+def _is_at_hand() -> bool:
+    """Whether numpy can read a tensor: nothing is traced, mapped or derived by ``torch.func``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
 
 def known_places(value: Tensor) -> Tensor | None:
@@ -194,8 +201,8 @@ def known_places(value: Tensor) -> Tensor | None:
 
 
 def is_visible(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at: it is not traced and not mapped."""
-    return not (torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(tensor))
+    """Whether its numbers can be looked at: it is not traced, not mapped, and not of a ``torch.func`` derivative."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _rounded(probs: Tensor, cardinalities: Sequence[int]) -> Tensor:

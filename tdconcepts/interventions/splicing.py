@@ -115,7 +115,7 @@ def intervene(
         do = _Do(splice, writer.optional_keys[0])
         added += [do, writer.setting(do.out_keys[0])]
         written += do.out_keys
-    check_writable(written, [*model.in_keys, *plain.out_keys])
+    check_writable(written, [*model.in_keys, *plain.out_keys, *pipeline.in_keys])
     result = _rebuilt(plain, before, added, after)
     return result if selected is None else result.select_out_keys(*selected, *written)
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, dispatch, set_skip_existing
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.calling import get_entry
-from tdconcepts.interventions.spaces import known_places
+from tdconcepts.interventions.spaces import is_visible, known_places
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.keys import NestedKey, key_text
 
-__all__ = ["CallableStage", "ConceptStage", "ReplaceStage", "check_unlocked", "read_block", "write"]
+__all__ = ["CallableStage", "ConceptStage", "ReplaceStage", "check_unlocked", "in_kind", "read_block", "write"]
 
 
 class ConceptStage(TensorDictModuleBase):
@@ -32,7 +34,8 @@ class ConceptStage(TensorDictModuleBase):
     what is written instead), computes it in :meth:`compute`, and names in :meth:`reads` what it needs besides. Built
     without keys, it is bound to an entry by :meth:`bind`, which :func:`~tdconcepts.interventions.intervene` calls. A
     strategy that can write NaN, for "no value here", leaves :attr:`misses` on; a policy whose scores are the same for
-    every row and prediction says so by :attr:`fixed`, and is asked once.
+    every row and prediction says so by :attr:`fixed`, and is asked once; one that looks at nothing but the concepts and
+    what it :meth:`reads` says so by ``sees_value = False``. A subclass with a :meth:`compute` of its own says it anew.
 
     Raises:
         BadKey: when the concepts are missing. BadValue: where the TensorDict is locked, or the entry has no columns.
@@ -49,6 +52,14 @@ class ConceptStage(TensorDictModuleBase):
     writes: ClassVar[str] = "score"
     misses: bool = True
     fixed: bool = False
+    sees_value: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "compute" in vars(cls):  # what was said of another one does not hold
+            for name in ("misses", "fixed", "sees_value"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(ConceptStage, name))
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +67,8 @@ class ConceptStage(TensorDictModuleBase):
 
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         """The score or value of each column, ``[*B, C]``; ``concepts`` is detached."""
-        raise NotImplementedError
+        needed = "compute(self, concepts, tensordict), which gives a tensor [*B, C]"
+        raise BadType(f"{type(self).__name__} computes nothing", got="no compute", needed=needed)
 
     def known(self, concepts: Tensor, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
         """What :meth:`compute` gives, and where that is no NaN (bool; None: everywhere)."""
@@ -70,9 +82,9 @@ class ConceptStage(TensorDictModuleBase):
     def bind(self, splice: Splice) -> ConceptStage:
         """A copy of this stage that works on ``splice.at``; parameters are shared."""
         bound = copy.copy(self)
-        bound._modules = dict(self._modules)
-        bound._buffers = dict(self._buffers)
-        bound._parameters = dict(self._parameters)
+        for name, kept in vars(self).items():  # its modules, parameters, buffers and hooks: what is added stays there
+            if name in _OF_MODULES:
+                bound.__dict__[name] = kept.copy()
         bound._place(splice)
         return bound
 
@@ -89,6 +101,9 @@ class ConceptStage(TensorDictModuleBase):
         return write(tensordict, self._out, self.compute(concepts.detach(), tensordict))
 
 
+_OF_MODULES = frozenset(name for name, kept in vars(nn.Module()).items() if isinstance(kept, dict))
+
+
 class CallableStage(ConceptStage):
     """A plain function ``(concepts, tensordict) -> tensor or number`` as a policy or a strategy.
 
@@ -98,7 +113,7 @@ class CallableStage(ConceptStage):
     =======  ============================================  ===========
 
     Args:
-        function: takes the concepts (detached) and the TensorDict.
+        function: takes the concepts (detached) and the TensorDict; a policy finds the value there, which comes first.
         writes: ``"score"`` or ``"value"``.
 
     Examples:
@@ -108,6 +123,12 @@ class CallableStage(ConceptStage):
 
     def __init__(self, function: Callable[[Tensor, TensorDictBase], Any], writes: str) -> None:
         self.writes = writes  # type: ignore[misc]
+        with contextlib.suppress(ValueError):  # no signature is known
+            try:
+                inspect.signature(function).bind(None, None)
+            except TypeError as error:
+                got = f"{getattr(function, '__name__', function)}{inspect.signature(function)}"
+                raise BadType(f"not a {writes}", got=got, needed="a function (concepts, td)") from error
         super().__init__()
         self.function = function
 
@@ -179,7 +200,7 @@ class ReplaceStage(TensorDictModuleBase):
             raise BadType("a mask is bool", got=got, needed="True where to replace")
         if mask.shape != concepts.shape or value.shape != concepts.shape:
             raise self._other_shapes(f"mask {list(mask.shape)}, value {list(value.shape)}", concepts)
-        new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)
+        new = self._as(value, concepts)
         if self.straight_through:
             finite = concepts.nan_to_num(0.0, 0.0, 0.0)
             new = new + (finite - finite.detach())
@@ -198,8 +219,21 @@ class ReplaceStage(TensorDictModuleBase):
         """The values, as the concepts are: a copy takes a quarter of the time of a choice."""
         if value.shape != concepts.shape:
             raise self._other_shapes(f"value {list(value.shape)}", concepts)
-        new = value if value.dtype is concepts.dtype and value.device == concepts.device else value.to(concepts)
+        new = self._as(value, concepts)
         return new.clone()
+
+    def _as(self, value: Tensor, concepts: Tensor) -> Tensor:
+        """The values in the concepts' dtype and on their device, which must hold them."""
+        if value.dtype is concepts.dtype and value.device == concepts.device:
+            return value
+        new = value.to(concepts)
+        if value.is_floating_point() and not concepts.is_floating_point() and is_visible(value):
+            lost = value[(new != value) & (value == value)]  # a NaN is not written
+            if lost.numel():
+                got = f"{lost[0].item():g} for {key_text(self.keys[0])} of {concepts.dtype}"
+                needed, fix = "whole numbers that this dtype has", "concepts of a floating dtype"
+                raise BadValue("the value does not fit the concepts", got=got, needed=needed, fix=fix)
+        return new
 
     def _other_shapes(self, got: str, concepts: Tensor) -> BadValue:
         needed = f"{list(concepts.shape)}, as {key_text(self.keys[0])}"
@@ -226,6 +260,12 @@ class ReplaceStage(TensorDictModuleBase):
         result = self.replaced(concepts, mask, value, score)
         write(tensordict, before, concepts)
         return tensordict.set(at, result)
+
+
+def in_kind(value: Tensor, concepts: Tensor) -> Tensor:
+    """``value`` in the dtype and on the device of the concepts; in its own dtype where theirs has no NaN."""
+    keeps = value.is_floating_point() and not concepts.is_floating_point()
+    return value.to(concepts.device) if keeps else value.to(concepts)
 
 
 def read_block(tensordict: TensorDictBase, key: NestedKey) -> Tensor:

@@ -12,7 +12,7 @@ from tdconcepts.errors import BadKey, BadType, BadValue, nearest
 from tdconcepts.hooks.calling import get_entry
 from tdconcepts.interventions.spaces import Space, as_space, check_range, known_places, written
 from tdconcepts.interventions.splice import Splice
-from tdconcepts.interventions.stages import ConceptStage
+from tdconcepts.interventions.stages import ConceptStage, in_kind
 from tdconcepts.keys import NestedKey, as_key, key_text
 
 __all__ = ["Do", "GroundTruth"]
@@ -59,7 +59,7 @@ class Do(ConceptStage):
         probs = space in ("probs", "logits") and not isinstance(value, nn.Parameter) and not tensor.ndim
         if probs and not 0 <= tensor <= 1:
             raise BadValue("not a probability", got=f"{value!r}", needed=f"a number in [0, 1], as space={space!r} says")
-        self.misses = bool(tensor.isnan().any())
+        self.misses = bool(tensor.isnan().any()) or type(self).compute is not Do.compute
         if isinstance(tensor, nn.Parameter):
             self.constant: Tensor = tensor
         else:
@@ -68,7 +68,7 @@ class Do(ConceptStage):
     def compute(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         value = self.constant
         if value.dtype is not concepts.dtype or value.device != concepts.device:
-            value = value.to(concepts)
+            value = in_kind(value, concepts)
         if self.space is not None and self.space != "continuous":
             like = concepts.new_zeros(concepts.shape[-1])
             label = value.expand_as(like) if not value.ndim and self.space != "onehot" else value
@@ -80,7 +80,9 @@ class Do(ConceptStage):
             return value.expand_as(concepts)
         except RuntimeError:
             got, needed = list(value.shape), f"what broadcasts to {list(concepts.shape)}"
-            raise BadValue("the value does not fit the concepts", got=got, needed=needed) from None
+            states = value.shape[-1:] == (len(self.splice.cardinalities or ()),)
+            fix = 'space="onehot", where these are states' if states else None
+            raise BadValue("the value does not fit the concepts", got=got, needed=needed, fix=fix) from None
 
 
 class GroundTruth(ConceptStage):
@@ -132,7 +134,8 @@ class GroundTruth(ConceptStage):
 
     def _place(self, splice: Splice) -> None:
         super()._place(splice)
-        self._direct = (self.space or splice.space) in (None, "probs") and splice.continuous is None
+        plain = (self.space or splice.space) in (None, "probs") and splice.continuous is None
+        self._direct = plain and type(self).compute is GroundTruth.compute
 
     def bind(self, splice: Splice) -> ConceptStage:
         known = {self.space, splice.space}
@@ -149,18 +152,18 @@ class GroundTruth(ConceptStage):
         return self._written(self._labels(concepts, tensordict), concepts)
 
     def known(self, concepts: Tensor, tensordict: TensorDictBase) -> tuple[Tensor, Tensor | None]:
-        labels = self._labels(concepts, tensordict)
-        if not self._direct or labels.shape != concepts.shape:
-            value = self._written(labels, concepts)
-            return value, known_places(value)
-        if check_range(labels, 0, 1, self._wrong):  # one look for both
-            return labels.to(concepts), None
-        value = labels.to(concepts)
-        return value, known_places(value)
+        labels = self._labels(concepts, tensordict) if self._direct else None
+        if labels is None or labels.shape != concepts.shape:
+            return super().known(concepts, tensordict)
+        complete = check_range(labels, 0, 1, self._wrong)  # one look for both
+        value = in_kind(labels, concepts)
+        return value, None if complete else known_places(value)
 
     def _labels(self, concepts: Tensor, tensordict: TensorDictBase) -> Tensor:
         labels = get_entry(tensordict, self.key)
         if not isinstance(labels, Tensor):
+            if labels is not None:
+                raise BadType("the labels are no tensor", got=type(labels).__name__, needed=f"numbers in {self.key!r}")
             have = list(tensordict.keys(True, True))
             raise BadKey("the labels are missing", got=f"no entry {key_text(self.key)}", needed=nearest(self.key, have))
         if self.missing is not None:

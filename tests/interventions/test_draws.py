@@ -198,3 +198,18 @@ def test_draws_that_vmap_can_not_make_are_refused_in_words(options, randomness, 
     with pytest.raises(BadValue, match="(?s)vmap can't make these draws.*" + text):
         torch.vmap(lambda c: value(strategy, c), randomness=randomness)(torch.rand(3, 2))
     assert torch.vmap(lambda c: value(strategy, c), randomness="same")(torch.rand(3, 2)).shape == (3, 2)
+
+
+def test_a_single_categorical_is_one_hot_for_each_concept_of_its_states():
+    states = Categorical(torch.tensor([0.2, 0.3, 0.5]))
+    for columns in (3, 6):
+        drawn = FromDistribution(states)(concepts=torch.zeros(40, columns)).unflatten(-1, (-1, 3))
+        assert (drawn.sum(-1) == 1).all()
+        assert drawn.sum(0).gt(0).all()
+    binary = FromDistribution(Categorical(torch.tensor([0.5, 0.5])))(concepts=torch.zeros(40, 4))
+    assert set(binary.flatten().tolist()) == {0.0, 1.0}
+    two = FromDistribution(Categorical(torch.tensor([0.5, 0.5]))).bind(Splice(cardinalities=(2, 2)))
+    assert (two(concepts=torch.zeros(40, 4)).unflatten(-1, (2, 2)).sum(-1) == 1).all()
+    for concepts, splice in ((torch.zeros(2, 4), Splice()), (torch.zeros(2, 4), Splice(cardinalities=(1, 3)))):
+        with pytest.raises(BadValue, match=r"(?s)does not fit the concepts.*a Categorical of 3 states"):
+            FromDistribution(states).bind(splice)(concepts=concepts)

@@ -263,3 +263,9 @@ def test_bad_calls():
         fixed(TensorDict({"x": torch.randn(5, 6)}, [5]))
     with pytest.raises(BadKey, match="no gradients"):
         score(ExpectedInfluencePolicy(), torch.zeros(4))
+
+
+def test_a_gradient_that_has_a_graph_makes_a_score_without_one():
+    gradient = torch.tensor([-1.0, 2.0], requires_grad=True)
+    score = GradientPolicy(key="g").bind(Splice())(TensorDict({"concepts": torch.zeros(2), "g": gradient}))
+    assert not score["intervention", "score"].requires_grad

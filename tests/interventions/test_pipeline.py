@@ -11,6 +11,7 @@ from tensordict.nn import TensorDictModule as Mod
 from tensordict.nn import TensorDictSequential, set_skip_existing
 from torch import nn
 
+from tdconcepts.concepts.spec import ConceptSpec
 from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Replace, Target, patch
 from tdconcepts.interventions.draws import FromDistribution, Resample
@@ -182,7 +183,7 @@ def test_where_all_are_replaced_and_nobody_asks_which(policy, strategy, grad, th
 def test_where_all_are_replaced_what_is_wrong_is_still_said():
     td = TensorDict({"concepts": torch.rand(4, 3), "labels": torch.rand(4, 3)}, [4])
     cases = [
-        (Splice("concepts", cardinalities=(1, 1)), Do(1.0), "not a score for these concepts"),
+        (Splice("concepts", cardinalities=(1, 1)), Do(1.0), "the score is not one of these"),
         ("concepts", lambda concepts, td: concepts[:, :2], "shape"),
         ("concepts", Do([1.0, 0.0]), "does not fit"),
     ]
@@ -414,3 +415,175 @@ def test_an_error_leaves_the_tensordict_alone(strategy, error, text):
     with pytest.raises(error, match=text):
         InterventionPipeline(UncertaintyPolicy(), strategy, k=1)(td)
     assert set(td.keys(True, True)) == before
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_where_all_are_replaced_a_score_of_another_shape_is_refused_too(grad):
+    td = TensorDict({"concepts": torch.rand(4, 3, requires_grad=grad)}, [4])
+    with pytest.raises(BadValue, match="differ in shape"):
+        InterventionPipeline(lambda concepts, td: concepts[:, :2].detach(), Do(1.0))(td)
+
+
+def test_an_error_of_a_policy_that_reads_the_value_leaves_the_tensordict_alone():
+    td = data(4).exclude(("gradient", "concepts"))
+    before = set(td.keys(True, True))
+    with pytest.raises(BadKey, match="no gradients"):
+        InterventionPipeline(ExpectedInfluencePolicy(change="value"), Do(1.0), k=1)(td)
+    assert set(td.keys(True, True)) == before
+
+
+@pytest.mark.parametrize("name", ["mask", "score"])
+def test_where_all_are_replaced_one_may_ask_for_the_mask_or_the_score_alone(name):
+    td = InterventionPipeline(UniformPolicy(), Do(1.0)).select_out_keys(("intervention", name))(data(4))
+    assert (td["intervention", name] == (name == "mask")).all()
+
+
+def test_gradients_in_one_go_are_those_of_the_stages():
+    """None comes back through what a function computes; what is kept beside the result has its graph."""
+    found = []
+    for run in (lambda pipeline, td: pipeline(td), one_by_one):
+        concepts = torch.rand(3, 4, requires_grad=True)
+        pipeline = InterventionPipeline(UniformPolicy(), lambda c, td: c.square(), among=[0])
+        td = run(pipeline, TensorDict({"concepts": concepts}, [3]))
+        found.append([td["intervention", name].requires_grad for name in ("value", "score", "before")])
+        td["concepts"].sum().backward()
+        assert concepts.grad.tolist() == [[0, 1, 1, 1]] * 3
+    assert found == [[False, False, True]] * 2
+
+
+def test_a_hook_before_a_stage_and_a_subclass_with_a_way_of_its_own_are_called():
+    calls = []
+    pipeline = InterventionPipeline(UncertaintyPolicy(), Do(1.0), k=1)
+    with pipeline["select"].register_forward_pre_hook(lambda m, args: calls.append("before")):
+        pipeline(data(4))
+    assert calls == ["before"]
+
+    class Twice(Do):
+        def forward(self, tensordict):
+            tensordict = super().forward(tensordict)
+            return tensordict.set(ENTRIES[0], 2 * tensordict[ENTRIES[0]])
+
+    assert InterventionPipeline(UniformPolicy(), Twice(3.0))(data(4))["concepts"].unique().tolist() == [6]
+
+
+def test_what_a_module_does_not_know_keeps_its_prediction():
+    strategy = Mod(nn.Identity(), ["labels"], [ENTRIES[0]])
+    td, expected = data(6), InterventionPipeline(UniformPolicy(), GroundTruth("labels"))(data(6))
+    InterventionPipeline(UniformPolicy(), strategy)(td)
+    assert torch.equal(td["concepts"], expected["concepts"])
+    assert torch.equal(td["intervention", "mask"], expected["intervention", "mask"])
+
+
+def test_a_locked_tensordict_is_refused_before_anything_is_written():
+    for pipeline in (
+        InterventionPipeline(UniformPolicy(), Do(1.0)),
+        InterventionPipeline(UncertaintyPolicy(), Do(1.0)),
+    ):
+        with pytest.raises(BadValue, match="locked"):
+            pipeline(data(4).lock_())
+
+
+def test_a_subclass_is_what_it_computes():
+    """What its parent says of its own formula does not hold for another one."""
+
+    class Flipped(GroundTruth):
+        def compute(self, concepts, tensordict):
+            return 1 - super().compute(concepts, tensordict)
+
+    class Undecided(UniformPolicy):
+        def compute(self, concepts, tensordict):
+            return -concepts
+
+    class Sometimes(Do):
+        def compute(self, concepts, tensordict):
+            return torch.where(concepts > 0.5, torch.nan, super().compute(concepts, tensordict))
+
+    td = TensorDict({"concepts": torch.tensor([[0.9, 0.1], [0.1, 0.9]]), "labels": torch.ones(2, 2)}, [2])
+    for hooked in (False, True):
+        flipped = InterventionPipeline(UniformPolicy(), Flipped("labels"))
+        undecided = InterventionPipeline(Undecided(), Do(0.0), k=1)
+        sometimes = InterventionPipeline(UniformPolicy(), Sometimes(0.0))
+        for pipeline in (flipped, undecided, sometimes) if hooked else ():
+            pipeline["select"].register_forward_hook(lambda m, args, out: None)
+        assert (flipped(td.copy())["concepts"] == 0).all()
+        assert undecided(td.copy())["intervention", "mask"].tolist() == [[False, True], [True, False]]
+        assert sometimes(td.copy())["intervention", "mask"].tolist() == [[False, True], [True, False]]
+
+
+def test_a_function_that_scores_by_the_value():
+    """The strategy runs first: its value is there, also where another one is from an earlier run."""
+    pipeline = InterventionPipeline(
+        lambda concepts, td: (td["intervention", "value"] - concepts).abs(), GroundTruth("labels"), k=1
+    )
+    td = TensorDict({"concepts": torch.tensor([0.6, 0.1]), "labels": torch.tensor([0.0, 0.0])})
+    assert pipeline(td)["intervention", "mask"].tolist() == [True, False]
+    td["labels"] = torch.tensor([0.0, 1.0])
+    assert pipeline(td)["intervention", "mask"].tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_concepts_without_a_nan(dtype):
+    td = TensorDict({"concepts": torch.tensor([0, 1, 1]).to(dtype), "labels": torch.tensor([1.0, torch.nan, 0.0])})
+    for strategy in (GroundTruth("labels"), Do([1.0, torch.nan, 0.0])):
+        for pipeline in (InterventionPipeline(UniformPolicy(), strategy), staged(UniformPolicy(), strategy)):
+            out = pipeline(td.copy())
+            assert out["concepts"].dtype is dtype
+            assert out["concepts"].tolist() == [1, 1, 0]
+            assert out["intervention", "mask"].tolist() == [True, False, True]
+    for strategy in (Do(0.5), lambda concepts, td: torch.full(concepts.shape, 0.5)):
+        with pytest.raises(BadValue, match=r"(?s)the value does not fit.*0.5 for 'concepts'"):
+            InterventionPipeline(UniformPolicy(), strategy)(td.copy())
+
+
+def staged(*args, **kwargs):
+    """The same pipeline, run stage by stage."""
+    pipeline = InterventionPipeline(*args, **kwargs)
+    pipeline["select"].register_forward_hook(lambda m, args, out: None)
+    return pipeline
+
+
+def test_a_strategy_that_may_miss_can_be_put_in_later():
+    pipeline = staged(UniformPolicy(), Do(1.0), k=1)
+    pipeline.module["value"] = GroundTruth("labels").bind(Splice())
+    td = pipeline(TensorDict({"concepts": torch.tensor([0.2, 0.3]), "labels": torch.tensor([torch.nan, 1.0])}))
+    assert td["concepts"].tolist() == pytest.approx([0.2, 1.0])
+    assert td["intervention", "mask"].tolist() == [False, True]
+
+
+def test_a_forward_of_one_stage_and_hooks_of_one_pipeline():
+    policy, calls = UncertaintyPolicy(), []
+    first, second = (InterventionPipeline(policy, Do(0.0), k=1) for _ in range(2))
+    first["score"].register_forward_hook(lambda m, args, out: calls.append("hook"))
+    second(data(2))
+    assert calls == []
+    first(data(2))
+    assert calls == ["hook"]
+    before = second["value"].forward
+    second["value"].forward = lambda td: calls.append("own") or before(td)
+    second(data(2))
+    assert calls == ["hook", "own"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own
+@pytest.mark.parametrize("policy", [UniformPolicy(), UncertaintyPolicy()])
+def test_the_derivatives_of_torch_func(policy):
+    pipeline = InterventionPipeline(policy, GroundTruth("labels"), k=3)
+    td = data(1)[0]
+
+    def total(concepts):
+        return pipeline(td.copy().set("concepts", concepts))["concepts"].square().sum()
+
+    mask = pipeline(td.copy())["intervention", "mask"]
+    expected = torch.where(mask, 0, 2 * td["concepts"])
+    assert torch.equal(torch.func.grad(total)(td["concepts"]), expected)
+    assert torch.equal(torch.func.jacfwd(total)(td["concepts"]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
+def test_scores_that_are_no_floats(dtype):
+    spec = ConceptSpec(["a", "b", "c"], cardinalities=[1, 3, 1])
+    score = torch.tensor([0, 0, 0, 0, 1]).to(dtype)
+    splice = Splice.described("concepts", spec)
+    pipeline = InterventionPipeline(lambda concepts, td: score.expand(concepts.shape), Do(1.0), splice, k=1)
+    td = TensorDict({"concepts": torch.zeros(2, 5)}, [2])
+    assert pipeline(td)["intervention", "mask"].tolist() == [[False] * 4 + [True]] * 2

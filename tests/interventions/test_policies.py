@@ -266,3 +266,14 @@ def test_bad_calls():
         score(LearnedPolicy(Scorer(5, 5), ["x"]), torch.zeros(3, 4))
     with pytest.raises(BadValue, match=r"\[3, 2\]"):
         score(LearnedPolicy(nn.Linear(4, 2)), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8, torch.bool])
+def test_an_order_of_many_concepts_is_exact(dtype):
+    order = list(reversed(range(3000)))
+    score = OrderPolicy(order)(concepts=torch.zeros(3000).to(dtype))
+    assert score.argsort(descending=True).tolist() == order
+
+
+def test_the_uncertainty_of_bools():
+    assert UncertaintyPolicy()(concepts=torch.tensor([True, False])).tolist() == [-0.5, -0.5]

@@ -227,3 +227,19 @@ def test_names_where_none_are_known():
 def test_scores_of_another_width(stage, text):
     with pytest.raises(BadValue, match=text):
         stage.mask(torch.zeros(2, 3))
+
+
+def test_halves_of_the_candidates_go_to_the_even_number_as_halves_of_all_do():
+    may = torch.arange(8) < torch.tensor([[1], [3], [5], [7]])
+    stage = SelectStage(Splice(), fraction=0.5, candidates="may")
+    td = TensorDict({"may": may, "intervention": {"score": torch.zeros(4, 8)}}, [4])
+    assert stage(td)["intervention", "mask"].sum(-1).tolist() == [round(n / 2) for n in (1, 3, 5, 7)] == [0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("select", [{"k": 2}, {}, {"fraction": 0.5, "among": [0, 1]}])
+def test_only_in_training_is_never_at_evaluation(select):
+    stage = SelectStage(Splice(), only_training=True, **select)
+    td = TensorDict({"intervention": {"score": torch.rand(3, 4)}}, [3])
+    assert stage(td.copy())["intervention", "mask"].any()
+    assert not stage.eval()(td.copy())["intervention", "mask"].any()
+    assert not stage.is_everything(4)

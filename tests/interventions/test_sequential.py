@@ -163,3 +163,59 @@ def test_its_stages():
     assert pipeline.in_keys == ["concepts"]
     with pytest.raises(BadValue, match="order"):
         InterventionPipeline(UncertaintyPolicy(), Do(1.0), probability=0.5, sequential=True)
+
+
+@pytest.mark.parametrize(
+    ("cost", "budget", "order"),
+    [
+        ([3.0, 1.0, 1.0], 4.0, [-1, 0, 1]),
+        ([0.1, 0.1, 0.1], 0.3, [2, 0, 1]),
+        ([0.0, 1.0, 1.0], 1.0, [1, 0, -1]),
+        ([1.0, 2.0, 2.0], 3.0, [1, 0, -1]),
+    ],
+)
+def test_what_costs_what_is_left_is_paid_for_and_no_more(cost, budget, order):
+    scores = torch.tensor([1.0, 3.0, 2.0]).double()
+    pipeline = InterventionPipeline(lambda c, td: scores, Do(1.0), sequential=True, budget=budget, cost=cost)
+    td = pipeline(TensorDict({"concepts": torch.zeros(2, 3).double()}, [2]))
+    assert td["intervention", "order"].tolist() == [order] * 2
+
+
+def test_what_the_entry_held_is_kept_as_it_was():
+    td = data(4)
+    expected = network()(td.copy())["concepts"]
+    found = intervene(network(), policy=GradientPolicy(TARGET), strategy=GroundTruth("labels"), sequential=True, k=3)(
+        td
+    )
+    assert torch.equal(found["intervention", "before"], expected)
+
+
+def test_a_value_in_double_precision_changes_no_dtype():
+    pipeline = InterventionPipeline(UncertaintyPolicy(), lambda c, td: c.double(), k=2, sequential=True)
+    td = pipeline(TensorDict({"concepts": torch.rand(4, 3)}, [4]))
+    assert {td[key].dtype for key in ("concepts", ("intervention", "score"))} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.7, 2.5, 3.3, 257.0])
+def test_a_budget_is_the_same_at_once_and_one_by_one(dtype, budget):
+    costs = [0.1, 0.1, 0.1, 0.0, 0.7, 256.0, 1.0, 2.0]
+    score = torch.arange(8, 0, -1).to(dtype)
+    masks = []
+    for sequential in (False, True):
+        pipeline = InterventionPipeline(
+            lambda concepts, td: score, Do(1.0), budget=budget, cost=costs, sequential=sequential
+        )
+        for cast in (lambda p: p, lambda p: p.bfloat16()):
+            masks.append(cast(pipeline)(TensorDict({"concepts": torch.zeros(8)}))["intervention", "mask"].tolist())
+    left, expected = budget, []
+    for cost in costs:
+        expected.append(cost <= left + 1e-9 * budget)
+        left -= cost * expected[-1]
+    assert masks == [expected] * 4
+
+
+def test_a_score_of_another_shape():
+    pipeline = InterventionPipeline(lambda concepts, td: concepts[..., :2], Do(1.0), k=1, sequential=True)
+    with pytest.raises(BadValue, match=r"(?s)score and concepts differ in shape.*\[3, 2\]"):
+        pipeline(TensorDict({"concepts": torch.rand(3, 4)}, [3]))

@@ -128,3 +128,8 @@ def test_what_is_no_probability_is_seen_whatever_its_bits(dtype):
                 check_range(labels, 0, 1, "wrong")
     for unknown in (math.nan, -math.nan):
         assert not check_range(fine.clone().index_fill(1, torch.tensor(0), unknown), 0, 1, "wrong")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_of_labels_none_is_known(dtype):
+    assert not check_range(torch.full((2, 3), math.nan, dtype=dtype), 0, 1, "wrong")

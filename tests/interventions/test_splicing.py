@@ -497,3 +497,22 @@ def test_as_a_context(at):
         out = inside(td.copy())
     torch.testing.assert_close(out["logits"], fixed(td.copy())["logits"])
     assert not torch.equal(out["logits"], model(td.copy())["logits"])
+
+
+@pytest.mark.parametrize("composite", [True, False])
+def test_a_policy_returns_its_distribution_as_before(composite):
+    model = ProbabilisticTensorDictSequential(
+        Mod(nn.Linear(2, 3), ["x"], ["concepts"]),
+        Mod(nn.Linear(3, 2), ["concepts"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=torch.distributions.Categorical),
+        return_composite=composite,
+    )
+    assert intervene(model, strategy=Do(1.0)).return_composite is composite
+
+
+def test_what_it_reads_is_no_group_to_write():
+    model = TensorDictSequential(Mod(nn.Linear(3, 2), ["x"], ["concepts"]), Mod(nn.Linear(2, 1), ["concepts"], ["y"]))
+    with pytest.raises(BadKey, match=r"(?s)can't have one name.*labels"):
+        intervene(model, strategy=GroundTruth("labels"), out_key="labels")
+    with pytest.raises(BadKey, match=r"(?s)can't have one name.*labels"):
+        intervene(model, at=Site("0"), strategy=GroundTruth("labels"), out_key="labels")

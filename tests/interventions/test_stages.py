@@ -153,3 +153,50 @@ def test_bad_entries_leave_the_tensordict_alone(td, error, text):
         ReplaceStage(Splice())(td)
     assert set(td.keys(True, True)) == set(before.keys(True, True))
     assert (td == before).all()
+
+
+def test_bound_copies_have_buffers_of_their_own():
+    strategy = Do(0.1)
+    bound = strategy.bind(Splice()).half()
+    assert bound.constant.dtype is torch.float16
+    assert strategy.constant.dtype is torch.float32
+
+
+def test_a_prediction_that_is_not_finite_is_no_gradient_of_its_score():
+    scorer = nn.Linear(3, 3, bias=False)
+    concepts = torch.tensor([[math.nan, 0.2, math.inf]])
+    score = scorer(torch.ones(1, 3))
+    td = given(concepts, [[True, False, True]], [[1.0, 1.0, 1.0]]).set(("intervention", "score"), score)
+    ReplaceStage(Splice(), temperature=1.0)(td)
+    assert td["concepts"].tolist() == [[1.0, pytest.approx(0.2), 1.0]]
+    td["concepts"].sum().backward()
+    assert scorer.weight.grad.isfinite().all()
+    assert scorer.weight.grad.any()
+
+
+def test_a_choice_by_softmax_is_one_between_concepts_not_columns():
+    """d/ds sum_j softmax(s / T)_j (value - c)_j, where the columns of a concept share its weight."""
+    score = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5], requires_grad=True)
+    concepts, value = torch.full((5,), 0.25), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    td = given(concepts, [True] * 5, value).set(("intervention", "score"), score)
+    ReplaceStage(Splice(cardinalities=(1, 3, 1)), temperature=2.0)(td)
+    (td["concepts"] * torch.arange(5.0)).sum().backward()
+    units = score.detach()[[0, 1, 4]].requires_grad_()
+    weights = (units / 2).softmax(-1)[[0, 1, 1, 1, 2]]
+    (weights * (value - concepts) * torch.arange(5.0)).sum().backward()
+    torch.testing.assert_close(score.grad[[0, 1, 4]], units.grad)
+
+
+def test_a_function_that_takes_something_else():
+    for function in (lambda concepts: concepts, lambda: 0.0):
+        with pytest.raises(BadType, match=r"(?s)not a score.*a function \(concepts, td\)"):
+            CallableStage(function, "score")
+    assert CallableStage(torch.maximum, "score").function is torch.maximum  # no signature is known
+
+
+def test_a_stage_without_a_formula():
+    class Nothing(ConceptStage):
+        pass
+
+    with pytest.raises(BadType, match=r"(?s)Nothing computes nothing.*compute"):
+        Nothing()(concepts=torch.zeros(2))

@@ -10,6 +10,8 @@ from tensordict import TensorDict
 from torch import nn
 
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.interventions.pipeline import InterventionPipeline
+from tdconcepts.interventions.policies import UniformPolicy
 from tdconcepts.interventions.spaces import EPS
 from tdconcepts.interventions.splice import Splice
 from tdconcepts.interventions.strategies import Do, GroundTruth
@@ -184,3 +186,29 @@ def test_bad_builds(build, error, text):
 def test_bad_calls(strategy, entries, error, text):
     with pytest.raises(error, match=text):
         value(strategy, torch.zeros(2, 3), **entries)
+
+
+def test_where_no_label_is_known_all_keep_their_prediction():
+    td = TensorDict({"concepts": torch.rand(2, 3), "y": torch.full((2, 3), math.nan)}, [2])
+    expected = td["concepts"].clone()
+    InterventionPipeline(UniformPolicy(), GroundTruth("y"))(td)
+    assert torch.equal(td["concepts"], expected)
+    assert not td["intervention", "mask"].any()
+
+
+def test_the_truth_of_a_continuous_concept_is_any_number():
+    splice = Splice(cardinalities=(1, 1), kinds=("binary", "continuous"))
+    td = TensorDict({"concepts": torch.zeros(2, 2), "y": torch.tensor([[1.0, 5.0], [0.0, -3.0]])}, [2])
+    expected = td["y"].clone()
+    assert torch.equal(InterventionPipeline(UniformPolicy(), GroundTruth("y"), splice)(td)["concepts"], expected)
+
+
+def test_labels_that_are_no_tensor():
+    td = TensorDict({"concepts": torch.zeros(2, 2), "labels": ["yes", "no"]}, [2])
+    with pytest.raises(BadType, match="the labels are no tensor"):
+        GroundTruth("labels")(td)
+
+
+def test_states_where_columns_are_needed_name_the_way_out():
+    with pytest.raises(BadValue, match='space="onehot"'):
+        Do([1.0, 2.0]).bind(Splice(cardinalities=(1, 3)))(concepts=torch.zeros(4))
