@@ -82,9 +82,9 @@ class CausalBottleneck(ConceptModel):
     r"""Input -> latent -> an embedding for each column -> structural equations, whose weights the embeddings predict.
 
     See :class:`~tdconcepts.concepts.HyperEquations`. The stages are ``"encoder"``, ``"exogenous"`` and
-    ``"propagation"``. Tasks are leaves of the graph. Every row has its own linear equations, which can be read
-    (``model["propagation"].equations.weights(td["exogenous"])``). Set concepts with the entry ``"do"``, as in
-    :class:`GraphBottleneck`.
+    ``"propagation"``. Tasks are leaves of the graph. Every row has its own linear equations, which can be read:
+    ``model["propagation"].equations.weights(td["exogenous"])`` is ``[*B, C, C]``, at (j, i) the weight of column i in
+    the equation of column j. Set concepts with the entry ``"do"``, as in :class:`GraphBottleneck`.
 
     =======  ============================================  ==============
     reads    ``in_keys`` (default ``"observation"``)       as the encoder

@@ -90,10 +90,12 @@ class HyperEquations(nn.Module):
     """
 
     mask: Tensor
+    back: Tensor
 
     def __init__(self, layout: graph_layout, size: int, hidden: int = 8) -> None:
         super().__init__()
         as_size(embedding_size=size, hidden=hidden)
+        self.register_buffer("back", layout.order.argsort(), persistent=False)
         mask, self.width, self._edges = layout.mask, size, layout.edges
         self.register_buffer("mask", mask, persistent=False)
         fan_in = mask.sum(-1).clamp(min=1).reshape(-1, 1, 1) * hidden
@@ -113,9 +115,15 @@ class HyperEquations(nn.Module):
         return logits
 
     def weights(self, context: Tensor) -> Tensor:
-        """The weight of column i in the equation of column j, ``[*B, C (j), C (i)]``, in the order of the levels."""
-        hidden = F.leaky_relu(self.trunk(context))
-        return torch.einsum("...jh,jhi->...ji", hidden, self.readout * self.mask[:, None])
+        """The weight of column i in the equation of column j, ``[*B, C (j), C (i)]``, in the order of the block.
+
+        A root has none. The logit of any other column is ``(weights @ concepts.unsqueeze(-1)).squeeze(-1)`` and a bias.
+
+        Args:
+            context: the embeddings, ``[*B, C, E]``, in the order of the block: ``td["exogenous"]``.
+        """
+        readout = (self.readout * self.mask[:, None])[self.back][..., self.back]
+        return torch.einsum("...jh,jhi->...ji", F.leaky_relu(self.trunk(context)), readout)
 
 
 class GraphPropagation(BlockStage):

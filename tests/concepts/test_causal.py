@@ -82,6 +82,25 @@ def test_teaching_sets_labels_in_training_only(kind):
         teach(model, how="sequential")
 
 
+@pytest.mark.parametrize("order", [["A", "B", "C", "task"], ["task", "C", "A", "B"]])
+@pytest.mark.parametrize("batch", [[], [3], [2, 3]])
+def test_the_equations_of_each_row_can_be_read_in_the_order_of_the_block(order, batch):
+    spec = ConceptSpec(order, [1 + (name == "A") for name in order])
+    model = build(CausalBottleneck, concepts=spec)
+    equations = model["propagation"].equations
+    torch.nn.init.normal_(equations.bias)
+    td = model(TensorDict({"observation": torch.randn(*batch, 4)}, batch))
+    weights = equations.weights(td["exogenous"])
+    told = (weights @ td["concepts"].unsqueeze(-1)).squeeze(-1)
+    for name in order:
+        for column in range(spec.size)[spec.slice(name)]:
+            parents = spec.columns(DAG.parents(name))
+            assert weights[..., column, [i for i in range(spec.size) if i not in parents]].abs().sum() == 0
+            if parents:
+                bias = equations.bias[model["propagation"].back[column]]
+                torch.testing.assert_close(told[..., column] + bias, td["concepts_logits"][..., column])
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_copies_and_pickles(kind):
     model, x = build(kind), torch.randn(3, 4)
