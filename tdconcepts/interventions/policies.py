@@ -96,7 +96,9 @@ class OrderPolicy(ConceptStage):
                 raise BadValue("a concept of the order is out of range", got=index, needed=f"0 to {count - 1}")
             row[index] = float(len(self.order) - position)
         columns = row if owner is None else [row[i] for i in owner]
-        exact = torch.promote_types(concepts.dtype, torch.float32)  # in half precision neighbours would be alike
+        exact = concepts.dtype
+        if not exact.is_floating_point or len(self.order) > 2 / torch.finfo(exact).eps:
+            exact = torch.promote_types(exact, torch.float32)  # else neighbours would be alike
         return torch.tensor(columns, dtype=exact, device=concepts.device).expand(concepts.shape)
 
 
