@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from tensordict.nn import TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 
+from tdconcepts.concepts.missing import missing
 from tdconcepts.concepts.spec import ConceptSpec
-from tdconcepts.concepts.stage import BlockStage, check_block
+from tdconcepts.concepts.stage import BlockStage, beside, check_block
 from tdconcepts.errors import BadType, BadValue
 from tdconcepts.hooks import check_module, cut
 from tdconcepts.hooks.drawing import Source
-from tdconcepts.keys import NestedKey, as_key
+from tdconcepts.keys import NestedKey, as_key, join, key_text
 
 __all__ = ["LabelsAsDo", "TeacherForcing", "teach"]
 
@@ -26,8 +28,8 @@ class TeacherForcing(BlockStage):
     r"""In training, concepts are replaced by their labels with a probability: :math:`c_k \leftarrow y_k` where
     :math:`u_k < p` and the label is known.
 
-    A missing label (NaN) leaves the prediction; the mask says which columns were replaced. At evaluation nothing is.
-    No gradient reaches a prediction that was replaced.
+    A missing label (NaN in one column of its concept) leaves the prediction; the mask says which columns were replaced.
+    At evaluation nothing is. No gradient reaches a prediction that was replaced.
 
     =======  ========================  =========================================
     reads    ``key``                   ``[*B, C]``
@@ -87,7 +89,7 @@ class TeacherForcing(BlockStage):
             return torch.zeros_like(block, dtype=torch.bool), block.clone()
         shape = (*block.shape[:-1], len(self.concepts))
         drawn = (self.source.uniform(*shape) < self.probability).to(block.device)
-        mask = (drawn if self._owner is None else drawn[..., self._owner]) & ~targets.isnan()
+        mask = (drawn if self._owner is None else drawn[..., self._owner]) & ~missing(self.concepts, targets)
         value = self.concepts.logits(targets) if self.space == "logits" else targets
         return mask, torch.where(mask, value, block.detach() if self.detach else block)
 
@@ -136,6 +138,17 @@ class LabelsAsDo(BlockStage):
         return self.forcing.compute(nothing, labels)[1]
 
 
+class _Same(BlockStage):
+    """Hands entries on; ``apart``: in training without a gradient, so that their readers don't train their writers."""
+
+    def __init__(self, keys: Sequence[NestedKey], to: Sequence[NestedKey], apart: bool = False) -> None:
+        super().__init__(keys, to)
+        self.apart = apart
+
+    def compute(self, *entries: Tensor) -> tuple[Tensor, ...]:
+        return tuple(entry.detach() if self.apart and self.training else entry for entry in entries)
+
+
 def teach(
     model: TensorDictModuleBase,
     labels: NestedKey = "labels",
@@ -156,7 +169,18 @@ def teach(
     ================  ===========================================================  ====================
 
     The stages are shared with ``model``, not copied: train the pipeline, use the model. In evaluation mode the two
-    compute the same. In a graph of concepts the labels are given as ``do``, so that each equation sees them.
+    compute the same.
+
+    What the rest reads besides the concepts, such as embeddings (:class:`~tdconcepts.concepts.ConceptEmbedding`) or a
+    latent (:class:`~tdconcepts.concepts.ConceptMemoryReasoner`), it is given without a gradient where the table says
+    "of concepts only": these entries then train nothing, and embeddings learn what the concepts need of them alone.
+    Train the concepts by ``key + "_logits"``: these are predictions in any case. Where ``key`` itself holds logits
+    (``space="logits"``), the pipeline writes that entry too, as ``key`` then holds what the rest is given.
+
+    In a graph of concepts the labels are given as ``do``, so that each equation sees those of its parents. Its tasks
+    are concepts, and the encoder is trained by all equations that read the input: those of the roots in
+    :class:`~tdconcepts.concepts.GraphBottleneck`, every one in :class:`~tdconcepts.concepts.CausalBottleneck`. There is
+    no ``sequential``.
 
     Args:
         model: a concept model, which knows its ``concepts``, its ``key`` and its ``space``.
@@ -167,7 +191,8 @@ def teach(
 
     Raises:
         BadType: for a model that does not know its concepts.
-        BadValue: for an unknown ``how``.
+        BadValue: for an unknown ``how``, ``sequential`` for a graph, and ``sequential`` or ``independent`` for a model
+            whose task reads the concepts' logits too: without a gradient these could not be trained.
 
     Source: Koh et al., Concept Bottleneck Models, ICML 2020, section 3 (the first three); Espinosa Zarlenga et al.,
     Concept Embedding Models, NeurIPS 2022, section 3.2.
@@ -205,15 +230,35 @@ def teach(
             raise BadValue("a graph of concepts has no rest to train after them", got=repr(how), needed=needed)
         before, after = cut(model, model.latent_key)
         stage = LabelsAsDo(spec, as_key(labels), stage.probability, generator, (before[-1].out_keys[-1], do_key))
-        return _named(model, [*before, stage, *after], stage)
+        return _named(model, [*before, stage, *after], {"teaching": stage})
     before, after = cut(model, key)
-    return _named(model, [*before, stage, *after], stage)
+    besides = _besides(before, after, as_key(key)) if detach else []
+    if (logits := beside(key, join(key)[-1] + "_logits")) in besides:
+        needed = f'how="joint" or "randint", as {key_text(logits)} is what the concepts are trained by'
+        raise BadValue("the task reads the logits of the concepts too", got=f"how={how!r}", needed=needed)
+    new: dict[str, TensorDictModuleBase] = {}
+    if stage.space == "logits" and not any(logits in [*each.in_keys, *each.out_keys] for each in [*before, *after]):
+        new["predicted"] = _Same([key], [logits])
+    if besides:
+        new["apart"] = _Same(besides, besides, apart=True)
+    new["teaching"] = stage
+    return _named(model, [*before, *new.values(), *after], new)
 
 
-def _named(model: Any, stages: list[TensorDictModuleBase], new: nn.Module) -> TensorDictSequential:
+def _besides(before: list[TensorDictModuleBase], after: list[TensorDictModuleBase], key: NestedKey) -> list[NestedKey]:
+    """The entries that the stages ``before`` write and those ``after`` read, but for ``key``."""
+    made = [as_key(each) for stage in before for each in stage.out_keys]
+    read = [join(each) for stage in after for each in [*stage.in_keys, *getattr(stage, "optional_keys", [])]]
+    return [each for each in dict.fromkeys(made) if each != key and any(join(each)[: len(k)] == k for k in read)]
+
+
+def _named(
+    model: Any, stages: list[TensorDictModuleBase], new: Mapping[str, TensorDictModuleBase]
+) -> TensorDictSequential:
     """The stages as one pipeline, under the model's names where it has some."""
     held = getattr(model, "module", None)
     names = {id(m): name for name, m in held.items()} if isinstance(held, nn.ModuleDict) else {}
-    if any(id(stage) not in names for stage in stages if stage is not new):
+    names |= {id(stage): name for name, stage in new.items()}
+    if any(id(stage) not in names for stage in stages):
         return TensorDictSequential(*stages)
-    return TensorDictSequential(OrderedDict((names.get(id(stage), "teaching"), stage) for stage in stages))
+    return TensorDictSequential(OrderedDict((names[id(stage)], stage) for stage in stages))

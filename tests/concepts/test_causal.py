@@ -82,6 +82,19 @@ def test_teaching_sets_labels_in_training_only(kind):
         teach(model, how="sequential")
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_equation_whose_parents_are_labels_trains_the_encoder_where_it_reads_the_input(kind):
+    model = build(kind)
+    out = teach(model, how="independent")(
+        TensorDict({"observation": torch.randn(3, 4), "labels": torch.ones(3, 4)}, [3])
+    )
+    for column, name in enumerate(DAG.names):
+        loss, weight = out["concepts_logits"][:, column].sum(), model["encoder"].module[0].weight
+        (grad,) = torch.autograd.grad(loss, weight, allow_unused=True, retain_graph=True)
+        reached = grad is not None and bool(grad.abs().max() > 0)
+        assert reached is (kind is CausalBottleneck or name in DAG.roots)
+
+
 @pytest.mark.parametrize("order", [["A", "B", "C", "task"], ["task", "C", "A", "B"]])
 @pytest.mark.parametrize("batch", [[], [3], [2, 3]])
 def test_the_equations_of_each_row_can_be_read_in_the_order_of_the_block(order, batch):

@@ -10,8 +10,11 @@ from torch import nn
 
 from tdconcepts.concepts.bottleneck import ConceptBottleneck
 from tdconcepts.concepts.embedding import ConceptEmbedding
+from tdconcepts.concepts.encoders import ConceptEncoder
+from tdconcepts.concepts.losses import ConceptLoss
+from tdconcepts.concepts.reasoner import ConceptMemoryReasoner
 from tdconcepts.concepts.spec import ConceptSpec
-from tdconcepts.concepts.teaching import TeacherForcing, teach
+from tdconcepts.concepts.teaching import LabelsAsDo, TeacherForcing, teach
 from tdconcepts.errors import BadKey, BadType, BadValue
 
 SPEC = ConceptSpec(["a", "b", "c"], [1, 3, 1])
@@ -64,6 +67,74 @@ def test_joint_and_sequential_see_predictions(how, task, seen):
     assert (grad is not None and bool(grad.abs().max() > 0)) is task
     assert gradients(pipeline, td.copy(), "concepts_logits").abs().max() > 0
     assert bool(pipeline(td)["teaching", "mask"].any()) is seen
+
+
+def others():
+    """Models whose task reads more than the concepts: by stages of this room, and by a head that reads the latent."""
+    torch.manual_seed(0)
+    kinds = {"embedding": ConceptEmbedding, "reasoner": ConceptMemoryReasoner}
+    built = {name: kind(nn.Linear(4, 6), 2, SPEC, in_features=6) for name, kind in kinds.items()}
+    latent = TensorDictModule(nn.Linear(4, 6), ["observation"], ["latent"])
+    head = TensorDictModule(nn.Bilinear(5, 6, 2), ["concepts", "latent"], ["logits"])
+    encoder = TensorDictSequential(latent, ConceptEncoder(6, SPEC, keys={"latent": "concepts_logits"}))
+    return {**built, "side path": ConceptBottleneck(encoder, head, SPEC)}
+
+
+@pytest.mark.parametrize("name", ["embedding", "reasoner", "side path"])
+@pytest.mark.parametrize("how", ["sequential", "independent", "joint", "randint"])
+def test_the_task_trains_the_encoder_only_where_the_table_says_so(how, name):
+    model, td = others()[name], data()
+    td["labels"] = td["labels"].nan_to_num(1.0)
+    pipeline = teach(model, how=how)
+    first = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    out = pipeline(td.copy())
+    task = out[task_key(name)]
+    (task_grad,) = torch.autograd.grad(task.square().sum(), first.weight, allow_unused=True, retain_graph=True)
+    (concept_grad,) = torch.autograd.grad(ConceptLoss(SPEC)(out)["loss", "concepts"].sum(), first.weight)
+    assert (task_grad is None) is (how in ("sequential", "independent"))
+    assert concept_grad.abs().max() > 0
+    if how == "sequential":
+        torch.testing.assert_close(task, model(td.copy())[task_key(name)])
+    plain, after = model.eval()(td.copy()), pipeline.eval()(td.copy())
+    torch.testing.assert_close(after[task_key(name)], plain[task_key(name)])
+    assert torch.autograd.grad(after[task_key(name)].sum(), first.weight)[0].abs().max() > 0
+
+
+def task_key(name):
+    return "probs" if name == "reasoner" else "logits"
+
+
+def test_what_the_rest_reads_besides_is_still_trained_by_it_where_it_comes_after():
+    pipeline = teach(others()["reasoner"], how="sequential")
+    assert list(pipeline.module) == ["encoder", "concepts", "activation", "apart", "teaching", "selector", "rules"]
+    pipeline(data())["probs"].sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in pipeline["selector"].parameters())
+    head = TensorDictModule(lambda c, z: c + z, ["concepts", "concepts_logits"], ["logits"])
+    model = ConceptBottleneck(nn.Linear(4, 5), head, SPEC)
+    for how in ("sequential", "independent"):
+        with pytest.raises(BadValue, match="the logits of the concepts too"):
+            teach(model, how=how)
+    assert teach(model)(data())["logits"].shape == (6, 5)
+
+
+@pytest.mark.parametrize("how", ["sequential", "independent", "randint"])
+def test_in_space_logits_the_predictions_are_kept_to_be_trained_by(how):
+    model, td = bottleneck(space="logits"), data()
+    pipeline = teach(model, how=how)
+    out = pipeline(td.copy())
+    assert torch.equal(out["concepts_logits"], model(td.copy())["concepts"])
+    ConceptLoss(SPEC)(out)["loss", "concepts"].sum().backward()
+    assert model["encoder"].module.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("space", ["probs", "logits"])
+def test_a_label_of_which_one_column_is_missing_is_missing_as_a_whole(space):
+    labels = torch.tensor([[1.0, nan, 0, 0, 0], [nan, 0, 1, 0, 1]])
+    mask, concepts = TeacherForcing(SPEC, probability=1.0, space=space)(torch.full((2, 5), 0.3), labels)
+    assert mask.tolist() == [[True, False, False, False, True], [False, True, True, True, True]]
+    assert (concepts == 0.3).tolist() == (~mask).tolist()
+    do = LabelsAsDo(SPEC, probability=1.0)(torch.zeros(2, 7), labels)
+    assert torch.equal(do.isnan(), ~mask)
 
 
 def test_independent_heads_see_labels():
