@@ -24,7 +24,7 @@ class ConceptWhitening(BlockStage):
     are those of the batch, with running means kept for evaluation; W comes from Newton's iteration, which can be
     differentiated. :meth:`align` turns R so that rows with a concept are far along its axis:
     :math:`\max_R \sum_c r_c \cdot \bar z_c` over orthogonal R, with :math:`\bar z_c` the mean of the whitened rows that
-    have concept c.
+    have concept c. Numbers of half precision are whitened in single precision, under autocast too.
 
     =======  =======================  ====================
     reads    ``"latent"``             ``[*B, in_features]``
@@ -40,7 +40,8 @@ class ConceptWhitening(BlockStage):
         keys: the entry to read and the entry to write.
 
     Raises:
-        BadValue: for a size below 1, more columns than features, fewer than two rows in training.
+        BadValue: for a size below 1, more columns than features; in training, for fewer than two rows, and under
+            ``torch.vmap``, whose rows are not known together.
 
     Source: Chen, Bei and Rudin, Concept Whitening for Interpretable Image Recognition, Nature Machine Intelligence
     2020; Huang et al., Iterative Normalization, CVPR 2019 (Newton's iteration).
@@ -86,20 +87,36 @@ class ConceptWhitening(BlockStage):
 
     def compute(self, *entries: Tensor) -> Tensor:
         latent = check_block(entries[0], (self.in_features,), self._read[0])
-        if not self.training:
-            return (latent - self.mean) @ (zca(self.covariance, self.eps) @ self.rotation)
+        if torch.is_autocast_enabled(latent.device.type):
+            with torch.autocast(latent.device.type, enabled=False):
+                return self.compute(latent)
+        dtype = torch.promote_types(torch.promote_types(latent.dtype, self.mean.dtype), torch.float32)
+        wide, rotation = latent.to(dtype), self.rotation.to(dtype)
+        if self.training:
+            mean, covariance = self._moments(wide)
+            white = (wide - mean) @ zca(covariance, self.eps, self.iterations) @ rotation
+        else:
+            white = (wide - self.mean.to(dtype)) @ (zca(self.covariance.to(dtype), self.eps) @ rotation)
+        return white.to(latent.dtype)
+
+    def _moments(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and covariance of a batch, which the running ones are moved to."""
         rows = latent.reshape(-1, self.in_features)
         if len(rows) < 2:
             needed = "two rows or more; the running means are used after .eval()"
             raise BadValue("whitening in training needs a batch", got=f"{len(rows)} rows", needed=needed)
+        if not torch.compiler.is_compiling() and not _levels(rows) <= _levels(self.mean):
+            fix = "stage.eval(), or all rows in one batch, without vmap"
+            raise BadValue("whitening in training would keep running means of each row", got="torch.vmap", fix=fix)
         mean = rows.mean(0)
         centred = rows - mean
         covariance = centred.mT @ centred / len(rows)
-        with torch.no_grad():
-            self.mean = torch.lerp(self.mean, mean, self.momentum)
-            self.covariance = torch.lerp(self.covariance, covariance, self.momentum)
-        return ((latent - mean) @ zca(covariance, self.eps, self.iterations)) @ self.rotation
+        with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be loaded into
+            self.mean = _plain(torch.lerp(self.mean, mean.to(self.mean), self.momentum))
+            self.covariance = _plain(torch.lerp(self.covariance, covariance.to(self.covariance), self.momentum))
+        return mean, covariance
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def align(
         self,
@@ -130,11 +147,11 @@ class ConceptWhitening(BlockStage):
         check_block(latent, (self.in_features,), self._read[0])
         like = latent[..., :1].expand(*latent.shape[:-1], self.concepts.size)
         has = (self.concepts.targets(labels, like) > 0.5).reshape(-1, self.concepts.size).to(latent.dtype)
-        white = (latent.reshape(-1, self.in_features) - self.mean.to(latent)) @ zca(
-            self.covariance.to(latent), self.eps
-        )
         count = has.sum(0)
-        means = (white.mT @ has) / count.clamp(min=1)
+        with torch.autocast(latent.device.type, enabled=False):
+            rows = latent.reshape(-1, self.in_features) - self.mean.to(latent)
+            white = rows @ zca(self.covariance.to(latent), self.eps)
+            means = (white.mT @ has) / count.clamp(min=1)
         kept = torch.where(count > 0, momentum, 1.0)
         self.directions = kept.to(self.directions) * self.directions + (1 - kept).to(self.directions) * means.to(
             self.directions
@@ -150,6 +167,24 @@ class ConceptWhitening(BlockStage):
                 turned = cayley_step(turned, wanted)
         self.rotation = turned.to(self.rotation)
         return float((turned * wanted).sum())
+
+
+def _levels(value: Tensor) -> set[int]:
+    """Of which calls of ``torch.vmap`` a tensor is a row."""
+    functorch, found = torch._C._functorch, set()
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            found.add(functorch.maybe_get_level(value))
+        value = functorch.get_unwrapped(value)
+    return found
+
+
+def _plain(value: Tensor) -> Tensor:
+    """What is below the wrappers of ``torch.func.grad``, which can't be copied or pickled."""
+    functorch = torch._C._functorch
+    while not torch.compiler.is_compiling() and functorch.is_gradtrackingtensor(value):
+        value = functorch.get_unwrapped(value)
+    return value
 
 
 def zca(covariance: Tensor, eps: float = 0.0, iterations: int | None = None) -> Tensor:

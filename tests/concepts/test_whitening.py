@@ -122,6 +122,73 @@ def test_any_batch_and_copies(batch):
         assert torch.equal(other(td.copy())["whitened"], td["whitened"])
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_latent_of_another_dtype_is_whitened_in_single_precision_or_double(training, dtype):
+    z = data(50)[0].to(dtype)
+    stage, wide = ConceptWhitening(5, ["a"]).train(training), ConceptWhitening(5, ["a"]).double().train(training)
+    out = stage(latent=z)
+    assert out.dtype == dtype
+    tolerance = 1e-5 if dtype is torch.float64 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), wide(latent=z.double()), atol=tolerance, rtol=tolerance)
+    assert stage.mean.dtype == stage.covariance.dtype == torch.float32
+    torch.testing.assert_close(stage.covariance.double(), wide.covariance, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_takes_no_digits(training):
+    z, labels = data(50)
+    z = z.float()
+    stage, plain = (ConceptWhitening(5, ["a", "b"]).train(training) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, objective = stage(latent=z), stage.align(z, labels)
+        assert stage(latent=z.bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(out, plain(latent=z))
+    assert objective == plain.align(z, labels)
+
+
+def test_vmap_in_training_is_refused_and_changes_nothing():
+    """The rows of all calls would have to be known together; batch norm refuses it as well."""
+    z, stage = data(40)[0].float().view(2, 20, 5), ConceptWhitening(5, ["a"])
+    before = copy.deepcopy(stage.state_dict())
+    pulled = torch.func.grad(lambda rows: stage(latent=rows).square().sum())
+    for function in (lambda rows: stage(latent=rows), pulled):
+        with pytest.raises(BadValue, match=r"got:     torch.vmap\n  way out: stage.eval\(\), or all rows in one batch"):
+            torch.vmap(function)(z)
+    torch.testing.assert_close(copy.deepcopy(stage).state_dict(), before, atol=0, rtol=0)
+    stage(latent=z)
+    stage.eval()
+    torch.testing.assert_close(torch.vmap(lambda rows: stage(latent=rows))(z), stage(latent=z))
+
+
+def test_stages_of_an_ensemble_may_be_mapped_over_with_their_state():
+    z, stages = data(40)[0].float().view(2, 20, 5), [ConceptWhitening(5, ["a"]) for _ in range(2)]
+    _, state = torch.func.stack_module_state(stages)
+    call = lambda buffers, rows: torch.func.functional_call(stages[0], buffers, (), {"latent": rows})  # noqa: E731
+    found = torch.vmap(call)(state, z)
+    torch.testing.assert_close(found, torch.stack([ConceptWhitening(5, ["a"])(latent=rows) for rows in z]))
+
+
+@pytest.mark.parametrize("way", ["grad", "jacrev", "inference"])
+def test_running_means_are_plain_tensors_after(way):
+    z, stage, plain = data(40)[0].float(), ConceptWhitening(5, ["a", "b"]), ConceptWhitening(5, ["a", "b"])
+    plain(latent=z)
+    plain.align(z, data(40)[1])
+    if way == "inference":
+        with torch.inference_mode():
+            stage(latent=z)
+            stage.align(z, data(40)[1])
+    elif way == "grad":
+        torch.func.grad(lambda rows: stage(latent=rows).square().sum())(z)
+    else:
+        torch.func.jacrev(lambda rows: stage(latent=rows))(z)
+    other = pickle.loads(pickle.dumps(stage))
+    assert torch.equal(other.mean, plain.mean)
+    assert torch.equal(other.covariance, plain.covariance)
+    stage.load_state_dict({key: value + 1 for key, value in plain.state_dict().items()})
+    assert torch.equal(stage.rotation, plain.rotation + 1)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
