@@ -85,7 +85,11 @@ def task_hits(logits: Tensor, task: Tensor) -> Tensor:
 
     Args:
         logits: ``[*B, T]``; T = 1 (or ``[*B]``) is a yes-or-no question.
-        task: the class ``[*B]``, or 0 and 1.
+        task: the class ``[*B]``, or 0 and 1; NaN where it is not known.
+
+    Returns:
+        bool for a task of whole numbers. For a float task, which can be missing, float: 1, 0, and NaN where it is, so
+        that ``nanmean`` is the accuracy.
 
     Raises:
         BadValue: for a task of another shape.
@@ -93,17 +97,21 @@ def task_hits(logits: Tensor, task: Tensor) -> Tensor:
     Examples:
         >>> task_hits(torch.tensor([[0.1, 0.3], [2.0, 1.0]]), torch.tensor([1, 1])).tolist()
         [True, False]
-        >>> task_hits(torch.tensor([[0.1], [2.0]]), torch.tensor([1.0, 0.0])).tolist()
-        [True, False]
+        >>> task_hits(torch.tensor([[0.1], [2.0]]), torch.tensor([1.0, torch.nan])).tolist()
+        [1.0, nan]
     """
     single = logits.shape == task.shape
     if single or logits.shape[-1:] == (1,):
         found = (logits if single else logits.squeeze(-1)) > 0
         truth = task.squeeze(-1) if task.shape == logits.shape and not single else task
         if found.shape == truth.shape:
-            return found == (truth > 0.5)
+            return _known(found == (truth > 0.5), truth)
     elif logits.shape[:-1] == task.shape:
-        return logits.argmax(-1) == task
+        return _known(logits.argmax(-1) == task, task)
     raise BadValue(
         "logits and task don't fit", got=f"{list(logits.shape)} and {list(task.shape)}", needed="[*B, T], [*B]"
     )
+
+
+def _known(hits: Tensor, task: Tensor) -> Tensor:
+    return hits.to(task.dtype).masked_fill(task.isnan(), torch.nan) if task.is_floating_point() else hits

@@ -33,6 +33,8 @@ def correction_curve(
 ) -> Tensor:
     """The mean score of a model as k concepts of each row are replaced by their labels, for each k.
 
+    A row whose task is missing (NaN) does not count, and a label that is missing corrects nothing.
+
     In a graph of concepts, whose tasks are concepts too, say which may be corrected by ``among``, and read the task off
     the block: ``out="concepts", score=lambda block, task: (block[..., -1] > 0.5) == task``.
 
@@ -48,10 +50,11 @@ def correction_curve(
         score: ``(out, task) -> [*B]``; :func:`~tdconcepts.metrics.task_hits` by default, so the mean is the accuracy.
 
     Returns:
-        one number for each k, ``[len(counts)]``, in float64.
+        one number for each k, ``[len(counts)]``, in float64; NaN where no task is known.
 
     Raises:
-        BadKey: for data without the task. BadValue: for a k that is out of range.
+        BadKey: for data without the task.
+        BadValue: for a k that is out of range, and scores of another shape than the rows where a task is missing.
 
     Source: Koh et al., Concept Bottleneck Models, ICML 2020, section 5.
 
@@ -78,7 +81,7 @@ def correction_curve(
         corrected = intervene(model, at=key, policy=policy, strategy=GroundTruth(labels), k=k, among=among)
         with torch.no_grad():
             found = corrected(data.copy()).get(out)
-        scores.append(score(found, data.get(task)).double().mean())
+        scores.append(_mean(score(found, data.get(task)).double(), data.get(task), data.batch_dims))
     return torch.stack(scores)
 
 
@@ -104,3 +107,13 @@ def curve_area(curve: Tensor, counts: Sequence[float] | None = None) -> Tensor:
         got = f"a curve of shape {list(curve.shape)} at {places.tolist()}"
         raise BadValue("not a curve", got=got, needed="two points or more, at places that ascend")
     return torch.trapezoid(curve, places) / (places[-1] - places[0])
+
+
+def _mean(scores: Tensor, task: Tensor, batch_dims: int) -> Tensor:
+    """The mean over the scores of tasks that are known: one score of each task, or of all those of a row."""
+    if not task.is_floating_point() or not (gone := task.isnan()).any():
+        return scores.mean()
+    if scores.ndim < batch_dims or scores.shape != gone.shape[: scores.ndim]:
+        got = f"{list(scores.shape)} for tasks {list(task.shape)}"
+        raise BadValue("scores and tasks don't fit", got=got, needed="one score of each row, as some tasks are missing")
+    return scores[~(gone.flatten(scores.ndim).all(-1) if gone.ndim > scores.ndim else gone)].mean()

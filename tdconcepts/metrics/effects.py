@@ -31,12 +31,15 @@ def causal_concept_effect(
 ) -> Tensor:
     r"""What a concept does to an output: :math:`E[y \mid do(c = 1)] - E[y \mid do(c = 0)]`, over the rows.
 
-    In a model along a graph (:class:`~tdconcepts.concepts.GraphBottleneck`) what depends on the concept follows.
+    Written is what stands for the value in the model's space: in a model with ``space="logits"`` do(c = 1) writes the
+    logit 9.21, as :class:`~tdconcepts.interventions.GroundTruth` does. In a model along a graph
+    (:class:`~tdconcepts.concepts.GraphBottleneck`) what depends on the concept follows.
 
     Args:
         model: a concept model, which knows its ``concepts`` and its ``key``.
         data: what it reads, ``[*B]``.
-        concept: the name of a concept, or ``{name: (low, high)}`` for other values than 0 and 1.
+        concept: the name of a concept, or ``{name: (low, high)}`` for other values than 0 and 1: probabilities of a
+            binary concept, any numbers of a continuous one.
         out: the entry whose effect is measured.
 
     Returns:
@@ -44,7 +47,8 @@ def causal_concept_effect(
 
     Raises:
         BadKey: for a name that is none, with the nearest, and an entry that the model does not write.
-        BadType: for a model that does not know its concepts. BadValue: for a categorical concept, and without rows.
+        BadType: for a model that does not know its concepts.
+        BadValue: for a categorical concept, a value of a binary one outside [0, 1], and without rows.
 
     Source: Goyal et al., Explaining Classifiers with Causal Concept Effect (CaCE), 2019, definition 1.
 
@@ -68,10 +72,12 @@ def causal_concept_effect(
         raise BadValue(f"{name!r} has several columns", got="a categorical concept", needed="one of one column")
     if not data.batch_size.numel():
         raise BadValue("an effect over no rows", got=f"batch size {list(data.batch_size)}", needed="one row or more")
+    continuous = spec.kinds[spec.index(name)] == "continuous"
+    space = "continuous" if continuous else getattr(model, "space", "probs")
     means = []
     for value in values:
         with torch.no_grad():
-            done = intervene(model, at=key, strategy=Do(float(value)), among=[name])
+            done = intervene(model, at=key, strategy=Do(float(value), space), among=[name])
             found = done(data.copy()).get(out, None)
         if not isinstance(found, Tensor):
             raise BadKey("the model writes no such entry", got=key_text(out), needed=f"one of {list(model.out_keys)}")
@@ -119,7 +125,7 @@ def leakage_score(
     Args:
         concepts: what the columns mean.
         probs: ``[N, C]``.
-        task: the class of each row, ``[N]``.
+        task: the class of each row, ``[N]``; a row where it is NaN takes no part.
         held_out: the share of the rows to be scored on.
         ridge: of the probes.
         generator: what the rows are dealt by. Default: torch's own.
@@ -141,6 +147,9 @@ def leakage_score(
         raise BadValue("concepts and task don't fit", got=got, needed="[N, C] and [N]")
     if not 0 < held_out < 1:
         raise BadValue("not a share", got=repr(held_out), needed="a number between 0 and 1")
+    if task.is_floating_point():
+        known = ~task.isnan()
+        probs, task = probs[known], task[known]
     order = torch.randperm(len(task), generator=generator).to(task.device)
     held, fitted = order.split([round(held_out * len(task)), len(task) - round(held_out * len(task))])
     classes = task[fitted].unique()

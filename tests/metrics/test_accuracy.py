@@ -60,6 +60,17 @@ def test_task_hits():
         assert shaped.tolist() == [(x > 0).item() == bool(y) for x, y in zip(one[:, 0], yes, strict=True)]
 
 
+def test_a_task_that_is_missing_is_neither_right_nor_wrong():
+    logits, task = torch.tensor([[1.0, 0], [0, 1], [3, 2]]), torch.tensor([0.0, 0.0, nan])
+    hits = task_hits(logits, task)
+    assert hits[:2].tolist() == [1, 0]
+    assert hits[2].isnan()
+    assert hits.nanmean() == 0.5
+    for one in (logits[:, :1] - 0.5, logits[:, 0] - 0.5):
+        assert task_hits(one, task).isnan().tolist() == [False, False, True]
+    assert task_hits(logits - 0.5, logits.masked_fill(logits == 3, nan)).isnan().sum() == 1
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [

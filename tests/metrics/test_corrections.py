@@ -39,6 +39,31 @@ def test_the_curve_by_hand():
     assert torch.equal(chosen, curve[[0, 3]])
 
 
+@pytest.mark.parametrize("shape", [(30,), (5, 6)])
+def test_rows_without_a_task_do_not_count(shape):
+    model, _, data = world()
+    gone = torch.rand(30) < 0.4
+    data["task"] = data["task"].double().masked_fill(gone, torch.nan)
+    expected = correction_curve(model, data[~gone].set("task", data["task"][~gone].long()), UncertaintyPolicy())
+    torch.testing.assert_close(correction_curve(model, data.reshape(shape), UncertaintyPolicy()), expected)
+    assert correction_curve(model, data[gone], UncertaintyPolicy(), counts=[0]).isnan().all()
+
+
+def test_a_score_of_ones_own_counts_where_a_task_is_known():
+    model = ConceptBottleneck(nn.Identity(), nn.Linear(1, 2), 1)
+    nn.init.zeros_(model["head"].module.weight)
+    model["head"].module.bias.data = torch.tensor([1.0, -1.0])
+    nan = torch.nan
+    task = torch.tensor([[1.0, nan], [nan, nan], [1.0, 1.0]])
+    data = TensorDict(observation=torch.zeros(3, 1), labels=torch.ones(3, 1), task=task, batch_size=[3])
+    each = correction_curve(model, data, UncertaintyPolicy(), counts=[0])  # of each task: right, right, wrong
+    assert each.item() == pytest.approx(2 / 3)
+    all_right = lambda out, task: ((out > 0) == (task > 0.5)).all(-1)  # noqa: E731
+    assert correction_curve(model, data, UncertaintyPolicy(), counts=[0], score=all_right).item() == 0.5
+    with pytest.raises(BadValue, match="one score of each row"):
+        correction_curve(model, data, UncertaintyPolicy(), score=lambda out, task: out.mean())
+
+
 def test_the_area_is_the_mean_height():
     curve = torch.tensor([[0.2, 0.4, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
     torch.testing.assert_close(curve_area(curve), torch.tensor([0.5, 1.0], dtype=torch.float64))

@@ -8,6 +8,7 @@ from torch import nn
 
 from tdconcepts.concepts import ConceptBottleneck, ConceptSpec, Dag, GraphBottleneck, LinearPredictor
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.interventions import GroundTruth, intervene
 from tdconcepts.metrics.effects import (
     causal_concept_effect,
     completeness_score,
@@ -36,6 +37,43 @@ def test_an_effect_by_hand():
     assert set(td.keys()) == {"observation"}
     stacked = TensorDict({"observation": td["observation"].reshape(2, 3, 4)}, [2, 3])
     torch.testing.assert_close(causal_concept_effect(model, stacked, "c"), causal_concept_effect(model, td, "c"))
+
+
+def test_in_space_logits_the_effect_is_that_of_labels():
+    spec = ConceptSpec(["a", "x"], kinds=["binary", "continuous"])
+    torch.manual_seed(0)
+    model = ConceptBottleneck(nn.Linear(4, 2), LinearPredictor(2, 1), spec, space="logits")
+    td, weight = TensorDict({"observation": torch.randn(6, 4)}, [6]), model["head"].linear.weight.detach()[:, 0]
+    told = [
+        intervene(model, strategy=GroundTruth("labels"), among=["a"])(
+            td.copy().set("labels", torch.full((6, 2), value))
+        )["logits"].mean(0)
+        for value in (0.0, 1.0)
+    ]
+    effect = causal_concept_effect(model, td, "a")
+    torch.testing.assert_close(effect, (told[1] - told[0]).detach())
+    torch.testing.assert_close(effect, 2 * 9.21024 * weight, rtol=1e-4, atol=0)
+    some = causal_concept_effect(model, td, {"a": (0.5, 0.8)})
+    torch.testing.assert_close(some, torch.tensor(0.8).logit() * weight)
+    moved = causal_concept_effect(model, td, {"x": (-2.0, 3.0)})
+    torch.testing.assert_close(moved, 5 * model["head"].linear.weight.detach()[:, 1])
+    with pytest.raises(BadValue, match="not a probability"):
+        causal_concept_effect(model, td, {"a": (-4.0, 4.0)})
+
+
+def test_leakage_leaves_out_rows_without_a_task():
+    torch.manual_seed(0)
+    probs, task = torch.rand(60, 5), torch.randint(0, 2, (60,)).double()
+    probs[:, 0] = 0.6 + 0.3 * task
+    task[torch.rand(60) < 0.5] = torch.nan
+    known = ~task.isnan()
+    found, expected = (
+        leakage_score(SPEC, *some, generator=torch.Generator().manual_seed(0))
+        for some in ((probs, task), (probs[known], task[known]))
+    )
+    assert found == expected
+    with pytest.raises(BadValue, match="0 classes"):
+        leakage_score(SPEC, probs, task * torch.nan)
 
 
 def test_in_a_graph_the_effect_goes_through_what_depends_on_the_concept():
