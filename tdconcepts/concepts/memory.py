@@ -122,9 +122,9 @@ class MemorySelector(TensorDictModuleBase):
         else:
             generator = selection if isinstance(selection, torch.Generator) else None
             source = scores.device if generator is None else generator.device
-            dtype = torch.promote_types(scores.dtype, torch.float32)  # half precision would draw zeros, and has no tail
-            uniform = torch.rand(scores.shape, dtype=dtype, device=source, generator=generator)
-            noise = -(-uniform.clamp(min=torch.finfo(dtype).tiny).log()).log()
+            # always in single precision: half would draw zeros, and double would draw others
+            uniform = torch.rand(scores.shape, dtype=torch.float32, device=source, generator=generator)
+            noise = -(-uniform.clamp(min=torch.finfo(torch.float32).tiny).log()).log()
             soft = ((scores + noise.to(scores.device)) / self.temperature).softmax(-1).to(scores.dtype)
         hard = F.one_hot(soft.argmax(-1), self.memory_size).to(soft.dtype)
         return hard + (soft - soft.detach())
