@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -73,7 +74,7 @@ def causal_concept_effect(
     if not data.batch_size.numel():
         raise BadValue("an effect over no rows", got=f"batch size {list(data.batch_size)}", needed="one row or more")
     continuous = spec.kinds[spec.index(name)] == "continuous"
-    space = "continuous" if continuous else getattr(model, "space", "probs")
+    space: Any = "continuous" if continuous else getattr(model, "space", "probs")
     means = []
     for value in values:
         with torch.no_grad():
