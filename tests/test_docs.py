@@ -6,6 +6,7 @@ for anything, as in doctests). A block that can't run anywhere is marked ```` ``
 
 import contextlib
 import doctest
+import importlib
 import io
 import pkgutil
 import re
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+import tensordict.nn
 
 import tdconcepts
 
@@ -81,6 +83,62 @@ def test_the_api_page_has_every_room():
     rooms = {m.name for m in pkgutil.iter_modules(tdconcepts.__path__)} - {"__main__", "demo"}
     shown = re.findall(r"automodule:: tdconcepts\.(\w+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(rooms)
+
+
+PYC = """
+Annotations AnnotatedTensor ConceptGraph Backbone ImageBackbone TextBackbone Variable ConceptVariable EmbeddingVariable
+seed_everything ConceptLayer BaseConceptLayer BaseGraphLearner BaseModel InterventionStrategy
+ConceptInterventionStrategy ModuleInterventionStrategy InterventionPolicy LazyConstructor LearnablePrior FixedPrior
+TiedPrior TrilActivation
+GlobalScale DefaultActivation LinearEmbeddingToConcept MLPEmbeddingToConcept ConceptWhitening WhitenedEmbeddingToConcept
+CAVEmbeddingToConcept LinearConceptToConcept MLPConceptToConcept CallableConceptToConcept
+HyperlinearConceptEmbeddingToConcept MixConceptEmbeddingToConcept MixConceptEmbeddings Dense ResidualMLP MLP Sequential
+LinearEmbeddingEncoder MLPEmbeddingEncoder SelectorEmbeddingEncoder WANDAGraphLearner PyCLoss CompositeLoss ConceptLoss
+ConceptSubset WeightedConceptLoss DepthWeightedConceptLoss L1LogitRegularizer MSEReconstructionLoss KLDivergenceLoss
+OrthogonalityLoss NLLProbLoss LossWeightWarmup ConceptMetrics compute_cace InferenceOutput BlackBox BlackBoxTaskOnly
+ConceptBottleneckModel ConceptEmbeddingModel ConceptBottleneckVAE ConditionalVAE GraphConceptBottleneckModel
+CausallyReliableConceptBottleneckModel ParametricFactor ParametricCPD ParametricPotential ProbabilisticModel
+BayesianNetwork MarkovNetwork BaseInference TorchBaseInference ForwardInference DeterministicInference
+AncestralSamplingInference MAPForwardInference RejectionSampling IndependentInference ImportanceSampling BaseProposal
+MutilatedNetworkProposal BeliefPropagation PgmpyVariableElimination PyroBaseInference PgmpyBaseInference
+VariationalInference InterventionModule GroundTruthIntervention DoIntervention DistributionIntervention
+PositiveWeightsIntervention intervention UniformPolicy UncertaintyInterventionPolicy RandomPolicy GradientPolicy
+replace_expand_cols grouped_concept_exogenous_mixture concept_orthogonality selection_eval linear_equation_eval
+linear_equation_expl logic_rule_eval logic_memory_reconstruction logic_rule_explanations selective_calibration
+confidence_selection soft_select completeness_score intervention_score tcav_score number_of_effective_concepts
+number_of_contributing_concepts cace_score residual_concept_causal_effect edge_type custom_hamming_distance
+prune_linear_layer minimize_constr CMRSemantic ProductTNorm GodelTNorm distributions.Delta
+data.base data.datasets data.datamodules data.generation data.preprocessing data.scalers data.splitters data.utils
+data.io BnLearnDataset ToyDataset CompletenessDataset ToyDAGDataset CelebADataset PendulumDataset MNISTEvenOddDataset
+MNISTAdditionDataset ColorMNISTDataset MNISTArithmeticDataset DSpritesRegressionDataset AWA2Dataset CUBDataset
+BnLearnDataModule ToyDAGDataModule CompletenessDataModule CelebADataModule PendulumDataModule ColorMNISTDataModule
+MNISTArithmeticDataModule DSpritesRegressionDataModule AWA2DataModule CUBDataModule
+SteerlingModel SteerlingLowLevelModel SteerlingLowLevelModelPrototypes top_concepts DEFAULT_MODEL_ID
+"""  # every public name of torch_concepts 1.0.0a7, its semantics of rules and its Steerling models
+
+
+def sides_of_pyc() -> tuple[str, str]:
+    """The code spans of what is PyC's (left cells, text), and of what is named in its place (last cells)."""
+    page = FENCE.sub("", (ROOT / "docs" / "coming_from_pyc.md").read_text(encoding="utf-8"))
+    row = re.compile(r"^(\|.*\|)(.*)\|$", re.M)
+    rest, here = row.sub(r"\1", page), " ".join(found[1] for found in row.findall(page))
+    return " ".join(re.findall(r"`([^`]+)`", rest)), " ".join(re.findall(r"`([^`]+)`", here))
+
+
+def test_every_public_name_of_pyc_has_its_place():
+    theirs, _ = sides_of_pyc()
+    assert [name for name in PYC.split() if not re.search(rf"(?<![\w.]){re.escape(name)}\b", theirs)] == []
+
+
+def test_what_is_named_in_place_of_pyc_exists():
+    _, ours = sides_of_pyc()
+    rooms = {m.name: importlib.import_module(f"tdconcepts.{m.name}") for m in pkgutil.iter_modules(tdconcepts.__path__)}
+    known = {name for room in (tdconcepts, tensordict.nn, *rooms.values()) for name in getattr(room, "__all__", ())}
+    classes = set(re.findall(r"(?<![\w\"])[A-Z][a-z]\w*", ours))
+    assert len(classes) > 40
+    assert sorted(classes - known - {"Generator", "True"}) == []
+    dotted = re.findall(r"\b(concepts|metrics|representations)\.(\w+)", ours)
+    assert [(room, name) for room, name in dotted if name not in rooms[room].__all__] == []
 
 
 PAGE = """
