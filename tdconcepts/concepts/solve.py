@@ -74,7 +74,7 @@ def linear_fit(
     Raises:
         BadType: for rows that are not float32 or float64.
         BadValue: for numbers that are not finite, other options, and a system that can't be solved (``ridge=0`` with
-            fewer rows than features).
+            fewer rows than features, or a feature that does not vary).
 
     Examples:
         >>> x = torch.tensor([[0.0], [1.0], [2.0]])
@@ -103,6 +103,9 @@ def linear_fit(
         count, left = 1, 0.0
         if loss == "squares" and mask is None:
             factor = _factor(x.double(), penalty.double(), 1.0)
+            far = len(factor) * torch.finfo(factor.dtype).eps * factor.square().sum(1)  # pivots below are rounding
+            if bool((factor.diagonal().square() <= far).any()):
+                raise _unsolvable(x, ridge)
             w = torch.cholesky_solve(torch.cat([x.mT @ y, y.sum(0, keepdim=True)]).double(), factor)
         else:
             start = torch.cholesky_inverse(_factor(x, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
@@ -135,8 +138,12 @@ def _factor(x: Tensor, penalty: Tensor, bound: float) -> Tensor:
         if not int(wrong):
             return factor
     _check_finite(matrix)
-    got = f"ridge={float(penalty[0]):g} with {count} rows of {size} features"
-    raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0")
+    raise _unsolvable(x, float(penalty[0]))
+
+
+def _unsolvable(x: Tensor, ridge: float) -> BadValue:
+    got = f"ridge={ridge:g} with {len(x)} rows of {x.shape[1]} features"
+    return BadValue("the fit has no single solution", got=got, needed="a ridge above 0, or a larger one")
 
 
 def _check_finite(*results: Tensor) -> None:

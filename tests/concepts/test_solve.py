@@ -187,3 +187,14 @@ def test_bad_input(changes, error, text):
     given = {"x": torch.arange(4.0).unsqueeze(1), "y": torch.tensor([[0.0], [0], [1], [1]])}
     with pytest.raises(error, match=text):
         linear_fit(**given | changes)
+
+
+@pytest.mark.parametrize("value", [0.3, 7.7, 2000.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_feature_that_does_not_vary_takes_a_ridge(value, dtype):
+    """Without one, weights of 1e13 came out where rounding left a pivot above 0."""
+    x, y = (part.to(dtype) for part in data(333, 3, 1))
+    x[:, 1] = value
+    with pytest.raises(BadValue, match="a ridge above 0"):
+        linear_fit(x, y, 0.0, "squares")
+    assert linear_fit(x, y, 1e-3, "squares").weight[0, 1].abs() < 1e-3
