@@ -42,6 +42,7 @@ class GraphBottleneck(ConceptModel):
 
     Raises:
         BadType: for an encoder that is no module.
+        BadKey: for an encoder that has keys and does not write the latent.
         BadValue: for a size below 1, other names in the dag, and ``in_keys`` of an encoder that has keys.
 
     Source: Dominici et al., Causal Concept Graph Models, ICLR 2025.
@@ -106,6 +107,7 @@ class CausalBottleneck(ConceptModel):
 
     Raises:
         BadType: for an encoder that is no module.
+        BadKey: for an encoder that has keys and does not write the latent.
         BadValue: for a size below 1, other names in the dag, and ``in_keys`` of an encoder that has keys.
 
     Source: De Felice et al., Causally Reliable Concept Bottleneck Models, NeurIPS 2025.
