@@ -12,7 +12,7 @@ from torch import Tensor
 from tdconcepts.concepts.missing import missing
 from tdconcepts.concepts.spec import ConceptSpec, Run
 from tdconcepts.concepts.stage import BlockStage, as_spec, check_block
-from tdconcepts.errors import BadValue
+from tdconcepts.errors import BadType, BadValue
 from tdconcepts.keys import NestedKey, join
 
 __all__ = ["CompletenessLoss", "ConceptLoss", "LeakageLoss", "TotalLoss"]
@@ -63,7 +63,7 @@ class ConceptLoss(BlockStage):
         space: Literal["logits", "probs"] = "logits",
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
-        pairs = list((keys or {"concepts_logits": "labels"}).items())
+        pairs = list((keys or {"concepts_logits": "labels"}).items()) if isinstance(keys or {}, Mapping) else []
         if len(pairs) != 1:
             raise BadValue("a loss compares one block with one entry of labels", got=repr(keys), needed="one pair")
         if space not in ("logits", "probs") or reduction not in ("mean", "sum"):
@@ -72,8 +72,8 @@ class ConceptLoss(BlockStage):
         super().__init__(pairs[0], [join(LOSS, name)])
         self.concepts, self.space, self.reduction = as_spec(concepts), space, reduction
         by_name = dict.fromkeys(self.concepts.names, 1.0)
-        for group, weight in (weights or {}).items():
-            if not weight >= 0:
+        for group, weight in _checked_weights(weights or {}).items():
+            if weight < 0:
                 raise BadValue(f"not the weight of {group!r}", got=repr(weight), needed="a number of 0 or more")
             by_name |= dict.fromkeys(self.concepts.members([group]), float(weight))
         self.register_buffer("weights", torch.tensor(list(by_name.values())), persistent=False)
@@ -224,7 +224,7 @@ class TotalLoss(BlockStage):
         weights: the weight of each loss by its name.
 
     Raises:
-        BadValue: without losses.
+        BadValue: without losses, and for a weight that is no number. BadType: for weights without names.
 
     Examples:
         >>> total = TotalLoss({"concepts": 1.0, "task": 0.5})
@@ -233,14 +233,24 @@ class TotalLoss(BlockStage):
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        if not weights or "total" in weights:
-            raise BadValue("not the losses to add up", got=repr(dict(weights)), needed="{name: weight}")
+        if not _checked_weights(weights) or "total" in weights:
+            raise BadValue("not the losses to add up", got=repr(weights), needed="{name: weight}")
         super().__init__([join(LOSS, name) for name in weights], [join(LOSS, "total")])
         self.weights = dict(weights)
 
     def compute(self, *entries: Tensor) -> Tensor:
         pairs = zip(self.weights.values(), entries, strict=True)
         return sum((weight * loss for weight, loss in pairs), torch.zeros_like(entries[0]))
+
+
+def _checked_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
+    """``weights`` itself: numbers by their names."""
+    if not isinstance(weights, Mapping):
+        raise BadType("not weights", got=repr(weights), needed="{name: number}")
+    for name, weight in weights.items():
+        if not isinstance(weight, (int, float, Tensor)) or weight != weight:
+            raise BadValue(f"not the weight of {name!r}", got=repr(weight), needed="a number")
+    return weights
 
 
 def _expected(values: Tensor, shares: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from tdconcepts.errors import BadKey, BadValue, nearest
+from tdconcepts.errors import BadKey, BadType, BadValue, nearest
+from tdconcepts.hooks.calling import check_norms, norms_of
 from tdconcepts.interventions import GroundTruth, intervene
 from tdconcepts.keys import NestedKey, key_text
 from tdconcepts.metrics.accuracy import task_hits
@@ -54,7 +55,8 @@ def correction_curve(
 
     Raises:
         BadKey: for data without the task.
-        BadValue: for a k that is out of range, and scores of another shape than the rows where a task is missing.
+        BadValue: for a k that is out of range, scores of another shape than the rows where a task is missing, and a batch
+            norm in training mode.
 
     Source: Koh et al., Concept Bottleneck Models, ICML 2020, section 5.
 
@@ -76,6 +78,7 @@ def correction_curve(
     ks = range(len(candidates) + 1) if counts is None and candidates is not None else counts
     if ks is None:
         raise BadValue("the model does not know its concepts", got=type(model).__name__, fix="pass counts=range(...)")
+    check_norms(norms_of(model), "corrections")
     scores = []
     for k in ks:
         corrected = intervene(model, at=key, policy=policy, strategy=GroundTruth(labels), k=k, among=among)
@@ -95,12 +98,15 @@ def curve_area(curve: Tensor, counts: Sequence[float] | None = None) -> Tensor:
         counts: where they are, ascending. Default: evenly spaced.
 
     Raises:
-        BadValue: for fewer than two points, another number of places, or places that don't ascend.
+        BadValue: for fewer than two points, another number of places, or places that don't ascend. BadType: for a curve
+            that is no tensor.
 
     Examples:
         >>> curve_area(torch.tensor([0.0, 1.0, 1.0])).item(), curve_area(torch.tensor([0.0, 1.0]), [0, 7]).item()
         (0.75, 0.5)
     """
+    if not isinstance(curve, Tensor):
+        raise BadType("not a curve", got=type(curve).__name__, needed="a tensor [..., n]")
     n = curve.shape[-1] if curve.ndim else 0
     places = torch.arange(n).to(curve) if counts is None else torch.as_tensor(counts).to(curve)
     if n < 2 or places.shape != (n,) or not (places.diff() > 0).all():

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from tdconcepts.concepts import ConceptSpec, harden, linear_fit
 from tdconcepts.errors import BadKey, BadType, BadValue
+from tdconcepts.hooks.calling import check_norms, norms_of
 from tdconcepts.interventions import Do, intervene
 from tdconcepts.keys import NestedKey, key_text
 
@@ -49,7 +50,8 @@ def causal_concept_effect(
     Raises:
         BadKey: for a name that is none, with the nearest, and an entry that the model does not write.
         BadType: for a model that does not know its concepts.
-        BadValue: for a categorical concept, a value of a binary one outside [0, 1], and without rows.
+        BadValue: for a categorical concept, a value of a binary one outside [0, 1], without rows, and for a batch norm
+            in training mode.
 
     Source: Goyal et al., Explaining Classifiers with Causal Concept Effect (CaCE), 2019, definition 1.
 
@@ -73,6 +75,7 @@ def causal_concept_effect(
         raise BadValue(f"{name!r} has several columns", got="a categorical concept", needed="one of one column")
     if not data.batch_size.numel():
         raise BadValue("an effect over no rows", got=f"batch size {list(data.batch_size)}", needed="one row or more")
+    check_norms(norms_of(model), "what is done")
     continuous = spec.kinds[spec.index(name)] == "continuous"
     space: Any = "continuous" if continuous else getattr(model, "space", "probs")
     means = []
@@ -96,7 +99,7 @@ def completeness_score(accuracy: float, reference: float, chance: float) -> floa
         chance: of a prediction that sees nothing.
 
     Raises:
-        BadValue: when the reference is not above chance.
+        BadValue: when the reference is not above chance. BadType: for what is no number.
 
     Source: Yeh et al., On Completeness-aware Concept-Based Explanations, NeurIPS 2020, definition 3.1.
 
@@ -104,6 +107,8 @@ def completeness_score(accuracy: float, reference: float, chance: float) -> floa
         >>> completeness_score(0.5, 1.0, 0.5), completeness_score(0.9, 1.0, 0.5)
         (0.0, 0.8)
     """
+    if not all(isinstance(each, (int, float)) for each in (accuracy, reference, chance)):
+        raise BadType("not accuracies", got=f"{accuracy!r}, {reference!r}, {chance!r}", needed="three numbers")
     if not reference > chance:
         raise BadValue("the reference knows nothing", got=f"{reference} with chance {chance}", needed="above chance")
     return (accuracy - chance) / (reference - chance)
@@ -132,6 +137,7 @@ def leakage_score(
         generator: what the rows are dealt by. Default: torch's own.
 
     Raises:
+        BadType: for something else than a spec and two tensors.
         BadValue: for other shapes, a share outside (0, 1), and fewer than two classes among the rows that are fitted.
 
     Source: after Mahinpei et al., Promises and Pitfalls of Black-Box Concept Learning Models, 2021.
@@ -142,6 +148,9 @@ def leakage_score(
         >>> leakage_score(ConceptSpec(["wing"]), soft, task, generator=torch.Generator().manual_seed(0)) > 0.4
         True
     """
+    if not (isinstance(concepts, ConceptSpec) and isinstance(probs, Tensor) and isinstance(task, Tensor)):
+        got = ", ".join(type(each).__name__ for each in (concepts, probs, task))
+        raise BadType("not concepts and a task", got=got, needed="a ConceptSpec, probs [N, C] and task [N]")
     concepts.check(probs)
     if probs.ndim != 2 or task.shape != probs.shape[:1]:
         got = f"{list(probs.shape)} and {list(task.shape)}"
@@ -177,7 +186,7 @@ def effective_concepts(weight: Tensor, concepts: ConceptSpec | None = None, thre
         threshold: 0 or more.
 
     Raises:
-        BadValue: for another shape, or a threshold below 0.
+        BadType: for weights that are no tensor. BadValue: for another shape, or a threshold below 0.
 
     Source: Srivastava et al., VLG-CBM, NeurIPS 2024, section 4 (there the mean over outputs).
 
@@ -209,7 +218,7 @@ def contributing_concepts(
         ``[*B, T]``.
 
     Raises:
-        BadValue: for another shape, or a share out of range.
+        BadType: for weights that are no tensor. BadValue: for another shape, or a share out of range.
 
     Source: Srivastava et al., VLG-CBM, NeurIPS 2024; Yuksekgonul et al., Post-hoc Concept Bottleneck Models, ICLR 2023
     (the contributions).
@@ -232,6 +241,9 @@ def contributing_concepts(
 
 
 def _spec_of(weight: Tensor, concepts: ConceptSpec | None) -> ConceptSpec:
+    if not isinstance(weight, Tensor):
+        fix = "layer.weight" if hasattr(weight, "weight") else None
+        raise BadType("not the weights of a linear head", got=type(weight).__name__, needed="a tensor [T, C]", fix=fix)
     if weight.ndim != 2 or (concepts is not None and weight.shape[1] != concepts.size):
         needed = "[T, C]" if concepts is None else f"[T, {concepts.size}]"
         raise BadValue("not the weights of a linear head", got=list(weight.shape), needed=needed)

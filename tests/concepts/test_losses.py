@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictSequential
 
 from tdconcepts.concepts.losses import CompletenessLoss, ConceptLoss, LeakageLoss, TotalLoss
 from tdconcepts.concepts.spec import ConceptSpec
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 
 KINDS = ["binary", "categorical", "categorical", "continuous", "binary"]
 SPEC = ConceptSpec(["a", "b", "c", "d", "e"], [1, 3, 3, 1, 1], KINDS, {"bc": ["b", "c"]})
@@ -236,3 +236,17 @@ def test_the_total_is_a_weighted_sum_and_trains_in_a_pipeline():
 def test_bad_input(build, error, text):
     with pytest.raises(error, match=text):
         build()
+
+
+def test_weights_and_keys_that_are_none():
+    with pytest.raises(BadValue, match="(?s)one block with one entry.*'labels'"):
+        ConceptLoss(["wing"], "labels")
+    for weights in ({"wing": "2"}, {"wing": float("nan")}, {"wing": -1.0}):
+        with pytest.raises(BadValue, match="not the weight of 'wing'"):
+            ConceptLoss(["wing"], weights=weights)
+    for weights in ({"concepts": "1"}, {"concepts": None}, {"concepts": float("nan")}):
+        with pytest.raises(BadValue, match="not the weight of 'concepts'"):
+            TotalLoss(weights)
+    for loss in (lambda: ConceptLoss(["wing"], weights=[2.0]), lambda: TotalLoss(["concepts"])):
+        with pytest.raises(BadType, match="not weights"):
+            loss()

@@ -7,9 +7,9 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts.concepts import CausalBottleneck, ConceptBottleneck, ConceptSpec, Dag, GraphBottleneck
-from tdconcepts.errors import BadKey, BadValue
+from tdconcepts.errors import BadKey, BadType, BadValue
 from tdconcepts.hooks import Target
-from tdconcepts.interventions import GradientPolicy, UncertaintyPolicy
+from tdconcepts.interventions import GradientPolicy, UncertaintyPolicy, UniformPolicy
 from tdconcepts.metrics.corrections import correction_curve, curve_area
 
 
@@ -105,3 +105,17 @@ def test_in_a_graph_the_task_follows_what_is_corrected(kind, policy):
     assert curve[0] == score(plain, data["task"]).double().mean()
     assert curve[-1] == score(whole, data["task"]).double().mean()
     assert not torch.equal(whole[:, 3], plain[:, 3])
+
+
+def test_a_curve_that_is_a_list():
+    with pytest.raises(BadType, match="not a curve"):
+        curve_area([0.1, 0.2])
+
+
+def test_a_batch_norm_in_training_mode():
+    norm = nn.BatchNorm1d(2)
+    model = ConceptBottleneck(nn.Sequential(nn.Linear(2, 2), norm), nn.Linear(2, 1), ["a", "b"])
+    data = TensorDict({"observation": torch.randn(5, 2), "labels": torch.ones(5, 2), "task": torch.ones(5, 1)}, [5])
+    with pytest.raises(BadValue, match=r"(?s)BatchNorm1d in training mode.*model.eval\(\)"):
+        correction_curve(model, data, UniformPolicy())
+    assert norm.num_batches_tracked == 0

@@ -160,3 +160,25 @@ def test_contributing_concepts_one_by_one():
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text):
         call(bottleneck(LinearPredictor(5, 2)), TensorDict({"observation": torch.randn(6, 4)}, [6]))
+
+
+def test_what_is_no_input_of_a_score():
+    probs, task = torch.rand(4, 2), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(BadType, match="not accuracies"):
+        completeness_score("0.9", 1.0, 0.5)
+    with pytest.raises(BadType, match="(?s)not concepts and a task.*Tensor, Tensor, ConceptSpec"):
+        leakage_score(probs, task, ConceptSpec(2))
+    with pytest.raises(BadType, match="(?s)not the weights of a linear head.*way out: layer.weight"):
+        effective_concepts(nn.Linear(2, 1))
+    with pytest.raises(BadType, match="not the weights of a linear head"):
+        contributing_concepts([[1.0, 0.0]], probs)
+
+
+def test_an_effect_leaves_the_batch_norm_alone():
+    model = ConceptBottleneck(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), LinearPredictor(2, 1), ["a", "b"])
+    before = {name: entry.clone() for name, entry in model.state_dict().items()}
+    data = TensorDict({"observation": torch.randn(5, 2)}, [5])
+    with pytest.raises(BadValue, match=r"(?s)BatchNorm1d in training mode.*model.eval\(\)"):
+        causal_concept_effect(model, data, "a")
+    causal_concept_effect(model.eval(), data, "a")
+    assert all(torch.equal(entry, before[name]) for name, entry in model.state_dict().items())
