@@ -55,8 +55,8 @@ def correction_curve(
 
     Raises:
         BadKey: for data without the task.
-        BadValue: for a k that is out of range, scores of another shape than the rows where a task is missing, and a batch
-            norm in training mode.
+        BadValue: for a k that is out of range, scores of another shape than the rows where a task is missing, and for a
+            batch norm in training mode.
 
     Source: Koh et al., Concept Bottleneck Models, ICML 2020, section 5.
 

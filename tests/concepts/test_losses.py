@@ -239,7 +239,7 @@ def test_bad_input(build, error, text):
 
 
 def test_weights_and_keys_that_are_none():
-    with pytest.raises(BadValue, match="(?s)one block with one entry.*'labels'"):
+    with pytest.raises(BadValue, match=r"(?s)one block with one entry.*'labels'"):
         ConceptLoss(["wing"], "labels")
     for weights in ({"wing": "2"}, {"wing": float("nan")}, {"wing": -1.0}):
         with pytest.raises(BadValue, match="not the weight of 'wing'"):
