@@ -103,8 +103,8 @@ def linear_fit(
         count, left = 1, 0.0
         if loss == "squares" and mask is None:
             factor = _factor(x.double(), penalty.double(), 1.0)
-            far = len(factor) * torch.finfo(factor.dtype).eps * factor.square().sum(1)  # pivots below are rounding
-            if bool((factor.diagonal().square() <= far).any()):
+            least = (len(factor) * torch.finfo(factor.dtype).eps) ** 0.5 * factor.norm(dim=1)  # less is rounding
+            if bool((factor.diagonal() <= least).any()):
                 raise _unsolvable(x, ridge)
             w = torch.cholesky_solve(torch.cat([x.mT @ y, y.sum(0, keepdim=True)]).double(), factor)
         else:
