@@ -45,3 +45,8 @@ def test_hard_and_straight_through(batch):
 def test_another_kind_of_activation():
     with pytest.raises(BadValue, match="soft"):
         ConceptActivation(SPEC, hard="soft")
+
+
+def test_what_is_undecided_is_false_and_the_first_of_equal_states():
+    probs = torch.tensor([0.5, 0.5001, 0.4, 0.4, 0.2])
+    assert harden(ConceptSpec(["a", "b", "c"], [1, 1, 3]), probs).tolist() == [0, 1, 1, 0, 0]

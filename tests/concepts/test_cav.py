@@ -158,3 +158,31 @@ def test_bad_input(call, error, text):
     cavs = ConceptActivationVectors(6, ConceptSpec(SPEC.names, [1, 3, 2], SPEC.kinds)) if "300, 2" in text else None
     with pytest.raises(error, match=text):
         call(cavs or ConceptActivationVectors(6, SPEC), *data())
+
+
+def test_the_score_is_over_the_labels_that_are_known():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=g)
+    labels = torch.stack([(x[:, 0] + 0.8 * torch.randn(40, generator=g) > 1).float(), x[:, 1] + 2], -1)
+    labels[25:, 0], labels[:15, 1] = torch.nan, torch.nan
+    labels[20:, 1] += 0.7 * torch.randn(20, generator=g)
+    stage = ConceptActivationVectors(3, ConceptSpec(["a", "b"], [1, 1], ["binary", "continuous"]))
+    score = stage.fit(x, labels).score
+    found = stage(x)
+    assert score[0] == ((found[:25, 0] > 0) == (labels[:25, 0] > 0.5)).float().mean()
+    some = labels[15:, 1]
+    expected = 1 - (found[15:, 1] - some).square().sum() / (some - some.mean()).square().sum()
+    torch.testing.assert_close(score[1], expected)
+
+
+def test_a_fit_takes_as_many_steps_as_it_may_and_no_more_than_it_needs():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 4, generator=g)
+    labels = (x[:, :1] + torch.randn(60, 1, generator=g) > 0).float()
+    fits = [
+        ConceptActivationVectors(4, ["a"]).fit(x, labels, **options)
+        for options in ({"iterations": 1}, {"tolerance": 0.1}, {"tolerance": 1e-6})
+    ]
+    assert fits[0].iterations == 1
+    assert fits[1].iterations < fits[2].iterations
+    assert fits[2].gradient <= 1e-6

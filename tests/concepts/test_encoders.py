@@ -127,3 +127,9 @@ def test_bad_input(build, error, text):
 def test_the_parts():
     assert one_pair({("a", "b"): "c"}) == (("a", "b"), "c")
     assert [type(layer).__name__ for layer in mlp(2, [3], 1)] == ["Linear", "ReLU", "Linear"]
+
+
+def test_a_logit_without_a_draw_has_memory_of_its_own():
+    mean, _, logits = StochasticEncoder(4, ["a", "b"], draw="never")(torch.ones(3, 4))
+    assert torch.equal(mean, logits)
+    assert mean.data_ptr() != logits.data_ptr()

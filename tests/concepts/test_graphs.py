@@ -136,3 +136,13 @@ def test_do_of_a_tensor_and_the_dtype_of_the_rest():
 def test_bad_input(build, error, text):
     with pytest.raises(error, match=text):
         build()
+
+
+def test_a_set_value_follows_the_entry_where_the_tensordict_has_no_batch_and_is_a_copy():
+    stage = SetStage("b", 1.0, like="a")
+    for batch in ([], [3]):
+        td = stage(TensorDict({"a": torch.zeros(3, 2)}, batch))
+        assert td["b"].shape == (3, 1)
+        td["b"][0] = 7
+        assert stage.value.tolist() == [1]
+        assert td["b"].flatten().tolist() == [7, 1, 1]

@@ -250,3 +250,29 @@ def test_weights_and_keys_that_are_none():
     for loss in (lambda: ConceptLoss(["wing"], weights=[2.0]), lambda: TotalLoss(["concepts"])):
         with pytest.raises(BadType, match="not weights"):
             loss()
+
+
+def test_the_columns_of_a_continuous_concept_are_averaged():
+    stage = ConceptLoss(ConceptSpec(["place"], [2], ["continuous"]))
+    assert stage(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)).tolist() == [5.0]
+
+
+def test_a_concept_of_which_a_column_is_missing_takes_no_part():
+    stage = ConceptLoss(ConceptSpec(["colour", "wing"], [3, 1]))
+    labels = torch.tensor([[1.0, nan, 0.0, 1.0]])
+    assert stage(torch.zeros(1, 4), labels).tolist() == [pytest.approx(math.log(2))]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_logit_that_is_not_finite_is_nothing_where_its_label_is_missing(bad):
+    """W7: 0 * NaN is NaN."""
+    stage = ConceptLoss(ConceptSpec(["colour", "wing"], [3, 1]))
+    loss = stage(torch.tensor([[bad, 0.0, 0.0, 0.0]]), torch.tensor([[nan, 1.0]]))
+    assert loss.tolist() == [pytest.approx(math.log(2))]
+
+
+def test_a_probability_of_zero_is_no_nan():
+    stage = ConceptLoss(ConceptSpec(["colour"], [3]), space="probs")
+    loss = stage(torch.tensor([[0.0, 1.0, 0.0]] * 2), torch.tensor([[1.0], [0.0]]))
+    assert loss[0] == 0
+    assert 80 < loss[1] < math.inf

@@ -227,3 +227,13 @@ def test_bad_builds(build, text):
 def test_bad_calls(td, error, text):
     with pytest.raises(error, match=text):
         selector()(td)
+
+
+def test_a_drawn_slot_has_the_gradient_of_the_softmax_at_the_temperature():
+    model, x, pull = selector(torch.Generator(), temperature=0.3), torch.randn(9, 6), torch.randn(9, 3, 4)
+    model.selection.manual_seed(5)
+    (got,) = torch.autograd.grad((model.weights(x) * pull).sum(), model.selector[0].weight)
+    gumbel = -(-torch.rand(9, 3, 4, generator=torch.Generator().manual_seed(5)).log()).log()
+    soft = ((model.selector(x) + gumbel) / 0.3).softmax(-1)
+    (expected,) = torch.autograd.grad((soft * pull).sum(), model.selector[0].weight)
+    torch.testing.assert_close(got, expected)

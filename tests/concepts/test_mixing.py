@@ -88,3 +88,10 @@ def test_gradients_reach_probabilities_and_embeddings():
 def test_bad_input(build, error, text):
     with pytest.raises(error, match=text):
         build()
+
+
+def test_probabilities_of_another_dtype_mix_embeddings_as_they_are():
+    spec = ConceptSpec(["a", "b"])
+    mixed = ConceptMixing(spec)(torch.tensor([[1.0, 0.0]]).double(), torch.arange(8.0).reshape(1, 4, 2))
+    assert mixed.dtype is torch.float32
+    assert mixed.tolist() == [[[0, 1], [6, 7]]]

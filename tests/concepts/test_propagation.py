@@ -121,3 +121,23 @@ def test_a_thousand_concepts_are_a_few_products():
 def test_bad_input(build, text):
     with pytest.raises(BadValue, match=text):
         build()
+
+
+@pytest.mark.parametrize("kind", [LinearEquations, HyperEquations])
+def test_of_two_concepts_in_a_level_each_follows_its_own_parents_only(kind):
+    """Also parents further up than one level."""
+    dag = Dag("abcde", [("a", "c"), ("b", "d"), ("c", "e"), ("b", "e")])
+    spec = ConceptSpec([*"abcde"])
+    layout = graph_layout(spec, dag)
+    torch.manual_seed(0)
+    equations = kind(layout) if kind is LinearEquations else kind(layout, 3)
+    stage = GraphPropagation(spec, dag, equations)
+    context = torch.randn(5, 2) if kind is LinearEquations else torch.randn(5, 5, 3)
+    for name in dag.names:
+        moved = []
+        for value in (0.0, 1.0):
+            do = torch.full((5, 5), torch.nan)
+            do[:, spec.index(name)] = value
+            moved.append(stage(TensorDict({"context": context, "do": do}, [5]))["concepts"])
+        followed = {other for i, other in enumerate(dag.names) if not torch.equal(moved[0][:, i], moved[1][:, i])}
+        assert followed == {name, *dag.descendants(name)}

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 
 from tdconcepts.concepts import (
@@ -26,7 +27,16 @@ from tdconcepts.concepts import (
     TeacherForcing,
     teach,
 )
-from tdconcepts.interventions import Do, GroundTruth, UniformPolicy, intervene
+from tdconcepts.hooks import Target
+from tdconcepts.interventions import (
+    Do,
+    GradientPolicy,
+    GroundTruth,
+    RandomPolicy,
+    UncertaintyPolicy,
+    UniformPolicy,
+    intervene,
+)
 from tdconcepts.metrics import causal_concept_effect
 
 SPEC = ConceptSpec(["colour", "wing", "shape"], [3, 1, 3])
@@ -193,3 +203,48 @@ def test_w17_under_no_grad_and_inference_mode(build):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(model(td.copy())["concepts"], expected)
+
+
+def test_w2_hard_weights_are_one_slot_of_each_output():
+    """There, of ten slots and four outputs, 65 % of the embeddings selected no slot and 5 % several."""
+    x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+    soft, hard = MemorySelector(4, 10, 3, 4), MemorySelector(4, 10, 3, 4, selection="argmax")
+    hard.load_state_dict(soft.state_dict())
+    assert torch.equal(hard.weights(x).argmax(-1), soft.weights(x).argmax(-1))
+    assert (hard.weights(x) > 0.5).sum(-1).eq(1).all()
+
+
+@pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
+@pytest.mark.parametrize(
+    "policy", [UniformPolicy(), RandomPolicy(), UncertaintyPolicy(), GradientPolicy(Target("concepts", 3))]
+)
+def test_w5_concepts_behind_concepts_with_any_policy(kind, policy):
+    """There only roots could be intervened on: names of arguments clashed."""
+    model = kind(body(), DAG, SPEC, in_features=8).eval()
+    td = intervene(model, policy=policy, strategy=Do(0.25), among=["wing"], k=1)(data(5))
+    assert (td["concepts"][:, SPEC.slice("wing")] == 0.25).all()
+    assert torch.equal(td["concepts"][:, :3], td["intervention", "before"][:, :3])
+
+
+def test_w10_names_follow_columns_that_are_put_in_another_order():
+    other = ConceptSpec(SPEC.names[::-1], SPEC.cardinalities[::-1])
+    td = other.pack(SPEC.split(TensorDict({"concepts": torch.arange(7.0).expand(2, 7)}, [2])))
+    assert td["concepts"][0].tolist() == [4, 5, 6, 3, 0, 1, 2]
+    fixed = intervene(
+        TensorDictModule(nn.Identity(), ["observation"], ["concepts"]),
+        strategy=Do(9.0),
+        among=["shape"],
+        concepts=other,
+    )
+    assert fixed(TensorDict({"observation": td["concepts"]}, [2]))["concepts"][0].tolist() == [9, 9, 9, 3, 0, 1, 2]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", [GraphBottleneck, CausalBottleneck])
+def test_w17_a_policy_has_its_gradients_under_no_grad_and_inference_mode(kind, mode):
+    model = kind(body(), DAG, SPEC, in_features=8).eval()
+    fixed = intervene(model, policy=GradientPolicy(Target("concepts", 3)), strategy=Do(0.5), k=1)
+    expected = fixed(data(5))["intervention", "score"]
+    assert expected[:, :3].abs().max() > 0
+    with mode():
+        torch.testing.assert_close(fixed(data(5))["intervention", "score"], expected)

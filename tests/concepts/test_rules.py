@@ -225,3 +225,10 @@ def test_one_task_needs_no_dim():
 def test_bad_input(build, text):
     with pytest.raises(BadValue, match=text):
         build()
+
+
+def test_a_selector_of_large_scores_is_a_softmax():
+    stage = RuleSelector(1, 3, 1)
+    stage.layers.weight.data = torch.tensor([[1000.0], [999.0], [-1000.0]])
+    stage.layers.bias.data.zero_()
+    torch.testing.assert_close(stage(torch.ones(1, 1)), torch.tensor([[[1000.0, 999.0, -1000.0]]]).softmax(-1))

@@ -200,3 +200,23 @@ def test_a_feature_that_does_not_vary_takes_a_ridge(value, dtype):
     with pytest.raises(BadValue, match="a ridge above 0"):
         linear_fit(x, y, 0.0, "squares")
     assert linear_fit(x, y, 1e-3, "squares").weight[0, 1].abs() < 1e-3
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 50])
+def test_the_gradient_that_is_left_is_said_for_the_worst_column_by_its_own_labels(iterations):
+    x, y = data(columns=3)
+    y[20:, 1] = torch.nan
+    fit = linear_fit(x, y, 0.1, iterations=iterations, tolerance=1e-3)
+    known = ~y.isnan()
+    slope = torch.where(known, (x @ fit.weight.T + fit.bias).sigmoid() - y.nan_to_num(), 0.0)
+    left = torch.cat([(x - x.mean(0)).T @ slope + 0.1 * fit.weight.T, slope.sum(0, keepdim=True)]).abs().amax(
+        0
+    ) / known.sum(0)
+    assert fit.gradient == pytest.approx(left.max().item(), rel=1e-6)
+    assert fit.iterations == iterations if iterations < 50 else fit.gradient <= 1e-3
+
+
+def test_least_squares_in_single_precision_far_from_zero():
+    x = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) + 1000
+    fit = linear_fit(x, x @ torch.tensor([[1.0], [2.0]]) - 3000, 0.0, "squares")
+    torch.testing.assert_close(fit.weight, torch.tensor([[1.0, 2.0]]), atol=1e-3, rtol=0)

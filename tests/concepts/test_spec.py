@@ -207,3 +207,10 @@ def test_replace_keeps_the_groups():
     assert dataclasses.replace(spec, groups={"g": ["a"]}).columns(["g"]) == [0]
     with pytest.raises(BadKey, match="'b'"):
         dataclasses.replace(spec, names=("a", "c"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_labels_are_finite_in_half_precision(dtype):
+    """W8: 1 - 1e-4 is 1 there."""
+    logits = ConceptSpec(["wing", "colour"], [1, 3]).logits(torch.tensor([1.0, 0, 1, 0], dtype=dtype))
+    torch.testing.assert_close(logits, torch.tensor([9.21, -9.21, 0, -9.21], dtype=dtype), atol=0.05, rtol=0)

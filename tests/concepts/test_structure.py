@@ -100,3 +100,10 @@ def test_bad_input():
                 learned(**options)
     with pytest.raises(BadValue, match=r"\[\*B, 5\]"):
         learned()(torch.zeros(4))
+
+
+def test_an_edge_of_no_strength_has_a_finite_gradient():
+    graph = LearnedGraph(["a", "b"])
+    graph.weight.data.zero_()
+    graph.sparsity().backward()
+    assert graph.weight.grad.isfinite().all()

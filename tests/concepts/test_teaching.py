@@ -9,8 +9,10 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from tdconcepts.concepts.bottleneck import ConceptBottleneck
+from tdconcepts.concepts.causal import GraphBottleneck
 from tdconcepts.concepts.embedding import ConceptEmbedding
 from tdconcepts.concepts.encoders import ConceptEncoder
+from tdconcepts.concepts.graphs import Dag
 from tdconcepts.concepts.losses import ConceptLoss
 from tdconcepts.concepts.reasoner import ConceptMemoryReasoner
 from tdconcepts.concepts.spec import ConceptSpec
@@ -208,3 +210,23 @@ def test_dtypes(dtype, space):
 def test_bad_input(build, error, text):
     with pytest.raises(error, match=text):
         build()
+
+
+def test_draws_of_labels_for_a_graph_come_from_the_generator():
+    model = GraphBottleneck(nn.Linear(4, 6), Dag(SPEC.names, [("a", "b")]), SPEC, in_features=6)
+    td, state, found = data(60), torch.get_rng_state(), []
+    for _ in range(2):
+        pipeline = teach(model, how="randint", probability=0.5, generator=torch.Generator().manual_seed(3))
+        found.append(pipeline(td.copy())["do"].isnan())
+    assert torch.equal(*found)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_randint_gives_the_encoder_the_gradient_of_the_task_where_predictions_are_seen():
+    pipeline = teach(bottleneck(), how="randint", generator=torch.Generator().manual_seed(0))
+    assert gradients(pipeline, data(), "logits").any()
+
+
+def test_labels_of_a_single_concept_need_no_dim_as_do():
+    stage = LabelsAsDo(ConceptSpec(["a"]), probability=1.0)
+    assert stage(latent=torch.zeros(2, 5), labels=torch.tensor([1.0, nan])).nan_to_num(9.0).tolist() == [[1], [9]]

@@ -207,3 +207,19 @@ def test_bad_input(call, error, text):
     """An empty batch in training makes the running mean of torch_concepts NaN for ever; here it is refused."""
     with pytest.raises(error, match=text):
         call()
+
+
+def test_the_parts_of_the_formula():
+    """Of a small batch, where a division by one row less shows, with an eps that shows, and of few iterations."""
+    torch.testing.assert_close(
+        zca(torch.diag(torch.tensor([4.0, 11.0])), 5.0), torch.diag(torch.tensor([1 / 3, 1 / 4]))
+    )
+    stage = ConceptWhitening(2, ["a"], iterations=1, eps=0.5, momentum=0.25)
+    x = torch.tensor([[1.0, 0.0], [3.0, 1.0], [2.0, 5.0]])
+    found = stage(x)
+    covariance = torch.cov(x.T, correction=0)
+    torch.testing.assert_close(stage.mean, 0.25 * x.mean(0))
+    torch.testing.assert_close(stage.covariance, 0.75 * torch.eye(2) + 0.25 * covariance)
+    wide = covariance + 0.5 * torch.eye(2)
+    once = (1.5 * torch.eye(2) - 0.5 * wide / wide.trace()) / wide.trace().sqrt()
+    torch.testing.assert_close(found, (x - x.mean(0)) @ once)

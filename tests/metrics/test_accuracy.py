@@ -83,3 +83,11 @@ def test_a_task_that_is_missing_is_neither_right_nor_wrong():
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_soft_labels_of_a_task_and_a_concept_of_which_a_column_is_missing():
+    assert task_hits(torch.tensor([-1.0, 1.0]), torch.tensor([0.3, 0.3])).tolist() == [True, False]
+    labels = torch.tensor([[1.0, torch.nan, 0.0, 1.0]])
+    hits, known = concept_hits(ConceptSpec(["a", "b"], [3, 1]), torch.tensor([[0.9, 0.1, 0.0, 0.9]]), labels)
+    assert known.tolist() == [[False, True]]
+    assert hits.tolist() == [[False, True]]

@@ -182,3 +182,26 @@ def test_an_effect_leaves_the_batch_norm_alone():
         causal_concept_effect(model, data, "a")
     causal_concept_effect(model.eval(), data, "a")
     assert all(torch.equal(entry, before[name]) for name, entry in model.state_dict().items())
+
+
+def test_the_options_of_leakage_are_followed_and_the_global_generator_is_left_alone():
+    probs = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+    task, spec, state = (probs[:, 0] > 0.75).long(), ConceptSpec(2), torch.get_rng_state()
+
+    def score(**options):
+        return leakage_score(spec, probs, task, generator=torch.Generator().manual_seed(1), **options)
+
+    assert score() == score() > 0.1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert score(held_out=0.1) * 40 == pytest.approx(round(score(held_out=0.1) * 40))  # of forty rows
+    assert score(held_out=0.9) * 360 == pytest.approx(round(score(held_out=0.9) * 360))
+    assert round(score(held_out=0.9) * 40) != pytest.approx(score(held_out=0.9) * 40)
+    assert score(ridge=1e9) == 0
+
+
+def test_an_effect_has_no_graph_and_a_share_that_is_met_but_for_rounding_is_met():
+    model = ConceptBottleneck(nn.Linear(4, 2), nn.Linear(2, 3), ["a", "b"])
+    td = TensorDict({"observation": torch.randn(5, 4)}, [5])
+    assert not causal_concept_effect(model, td, "a").requires_grad
+    weight = torch.full((1, 12), 0.1, dtype=torch.float64)
+    assert contributing_concepts(weight, torch.ones(12).double(), coverage=7 / 12).tolist() == [7]
