@@ -102,10 +102,7 @@ def linear_fit(
         penalty = F.pad(x.new_full((x.shape[1],), ridge), (0, 1))
         count, left = 1, 0.0
         if loss == "squares" and mask is None:
-            factor = _factor(x.double(), penalty.double(), 1.0)
-            least = (len(factor) * torch.finfo(factor.dtype).eps) ** 0.5 * factor.norm(dim=1)  # less is rounding
-            if bool((factor.diagonal() <= least).any()):
-                raise _unsolvable(x, ridge)
+            factor = _factor(x.double(), penalty.double(), 1.0, exact=True)
             w = torch.cholesky_solve(torch.cat([x.mT @ y, y.sum(0, keepdim=True)]).double(), factor)
         else:
             start = torch.cholesky_inverse(_factor(x, penalty, 0.25 if loss == "logistic" else 1.0)).to(x.dtype)
@@ -124,8 +121,11 @@ def known_labels(y: Tensor) -> Tensor | None:
     return None if total == total else ~y.isnan()
 
 
-def _factor(x: Tensor, penalty: Tensor, bound: float) -> Tensor:
-    """The Cholesky factor of the bound on the curvature; in double precision where single does not reach."""
+def _factor(x: Tensor, penalty: Tensor, bound: float, exact: bool = False) -> Tensor:
+    """The Cholesky factor of the bound on the curvature; in double precision where single does not reach.
+
+    Where it has to be ``exact``, a pivot that rounding alone may have left is none.
+    """
     count, size = x.shape
     matrix = x.new_zeros(size + 1, size + 1)
     for start in range(0, size, -(-size // BLOCKS)):  # the lower part only: no more is read
@@ -135,15 +135,12 @@ def _factor(x: Tensor, penalty: Tensor, bound: float) -> Tensor:
     matrix.mul_(bound).diagonal().add_(penalty)
     for wide in (matrix, matrix.double()):
         factor, wrong = torch.linalg.cholesky_ex(wide)
-        if not int(wrong):
+        least = len(wide) * torch.finfo(wide.dtype).eps * wide.diagonal()
+        if not int(wrong) and not (exact and bool((factor.diagonal().square() <= least).any())):
             return factor
     _check_finite(matrix)
-    raise _unsolvable(x, float(penalty[0]))
-
-
-def _unsolvable(x: Tensor, ridge: float) -> BadValue:
-    got = f"ridge={ridge:g} with {len(x)} rows of {x.shape[1]} features"
-    return BadValue("the fit has no single solution", got=got, needed="a ridge above 0, or a larger one")
+    got = f"ridge={float(penalty[0]):g} with {count} rows of {size} features"
+    raise BadValue("the fit has no single solution", got=got, needed="a ridge above 0, or a larger one")
 
 
 def _check_finite(*results: Tensor) -> None:
