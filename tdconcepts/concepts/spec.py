@@ -353,7 +353,7 @@ def _check_whole(states: Tensor, names: tuple[str, ...]) -> None:
 
 
 def _visible(labels: Tensor) -> bool:
-    is_hidden = torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(labels)
+    is_hidden = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(labels)
     return not is_hidden and labels.numel() > 0
 
 
