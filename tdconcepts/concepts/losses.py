@@ -275,10 +275,8 @@ def _rows(concepts: ConceptSpec, values: Tensor, labels: Tensor) -> tuple[Tensor
 
     In float32 at least: a half has no room for the sum of some thousand squares.
     """
-    known, wide = (
-        ~missing(concepts, labels).reshape(-1, concepts.size),
-        torch.promote_types(values.dtype, torch.float32),
-    )
+    known = ~missing(concepts, labels).reshape(-1, concepts.size)
+    wide = torch.promote_types(values.dtype, torch.float32)
     rows, share = values.reshape(-1, concepts.size).to(wide), known.to(wide)
     mean = rows.detach().where(known, 0).sum(0) / share.sum(0).clamp(min=1)  # a shift, so without a gradient
     return (rows - mean).where(known, 0), share
