@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from tdconcepts.errors import BadKey, BadType, BadValue, nearest
@@ -70,6 +70,8 @@ class ConceptSpec:
         groups: Mapping[str, Iterable[str]] | Iterable[tuple[str, Iterable[str]]] | None = None,
     ) -> None:
         listed = tuple(map(str, range(names))) if type(names) is int else _as_names(names)
+        if not (cardinalities is None or isinstance(cardinalities, Iterable)):
+            raise BadType("not cardinalities", got=repr(cardinalities), needed="a list with one int for each concept")
         counts = (1,) * len(listed) if cardinalities is None else tuple(cardinalities)
         if not listed:
             raise BadValue("no concepts", got="no names", needed="one name or more")
@@ -202,7 +204,7 @@ class ConceptSpec:
         """A shallow copy of ``td`` in which the block at ``key`` is a group of entries, one for each concept.
 
         Raises:
-            BadKey: when there is no block at ``key``. BadValue: when its last dim is not C.
+            BadKey: when there is no block at ``key``. BadValue: when its last dim is not C. BadType: for no TensorDict.
 
         Examples:
             >>> spec = ConceptSpec(["wing", "colour"], [1, 3])
@@ -210,6 +212,7 @@ class ConceptSpec:
             >>> td["concepts", "colour"].shape, spec.pack(td)["concepts"].shape
             (torch.Size([2, 3]), torch.Size([2, 4]))
         """
+        _check_td(td)
         block = td.get(as_key(key), None)
         if not isinstance(block, Tensor):
             have = list(td.keys(True, True))
@@ -223,7 +226,9 @@ class ConceptSpec:
 
         Raises:
             BadKey: when the entry of a concept is missing. BadValue: when it has another number of columns.
+            BadType: for no TensorDict.
         """
+        _check_td(td)
         found = {name: td.get(join(key, name), None) for name in self.names}
         missing = [name for name, part in found.items() if not isinstance(part, Tensor)]
         if missing:
@@ -332,6 +337,12 @@ def _as_runs(kinds: tuple[str, ...], counts: tuple[int, ...]) -> tuple[Run, ...]
             runs.append(Run(kind, n, column, column + n, i, i + 1))
         column += n
     return tuple(runs)
+
+
+def _check_td(td: object) -> None:
+    if not is_tensor_collection(td):
+        needed = "a TensorDict with the block as an entry"
+        raise BadType("concepts are entries of a TensorDict", got=type(td).__name__, needed=needed)
 
 
 def _check_range(labels: Tensor, low: int, high: int, what: str, names: tuple[str, ...]) -> None:

@@ -214,3 +214,12 @@ def test_logits_of_labels_are_finite_in_half_precision(dtype):
     """W8: 1 - 1e-4 is 1 there."""
     logits = ConceptSpec(["wing", "colour"], [1, 3]).logits(torch.tensor([1.0, 0, 1, 0], dtype=dtype))
     torch.testing.assert_close(logits, torch.tensor([9.21, -9.21, 0, -9.21], dtype=dtype), atol=0.05, rtol=0)
+
+
+def test_what_is_no_list_and_no_tensordict():
+    spec = ConceptSpec(["a", "b"])
+    with pytest.raises(BadType, match=r"(?s)not cardinalities.*one int for each"):
+        ConceptSpec(["a", "b"], 3)
+    for way in (spec.split, spec.pack):
+        with pytest.raises(BadType, match=r"(?s)entries of a TensorDict.*Tensor"):
+            way(torch.zeros(4, 2))
