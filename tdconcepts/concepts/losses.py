@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -248,7 +249,8 @@ def _checked_weights(weights: Mapping[str, float]) -> Mapping[str, float]:
     if not isinstance(weights, Mapping):
         raise BadType("not weights", got=repr(weights), needed="{name: number}")
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float, Tensor)) or weight != weight:
+        single = isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.numel() == 1)
+        if not single or weight != weight:
             raise BadValue(f"not the weight of {name!r}", got=repr(weight), needed="a number")
     return weights
 

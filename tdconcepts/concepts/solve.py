@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def linear_fit(
     if x.dtype not in (torch.float32, torch.float64):
         raise BadType("a fit needs single or double precision", got=str(x.dtype), fix="x.float()")
     can = 0 <= ridge <= torch.finfo(x.dtype).max and loss in ("logistic", "squares")
-    if not can or not isinstance(iterations, int) or iterations < 1 or not tolerance >= 0:
+    if not can or not isinstance(iterations, Integral) or iterations < 1 or not tolerance >= 0:
         got = f"ridge={ridge!r}, loss={loss!r}, iterations={iterations!r}, tolerance={tolerance!r}"
         needed = '"logistic" or "squares", a finite ridge and a tolerance of 0 or more, iterations of 1 or more'
         raise BadValue("not a way to fit", got=got, needed=needed)

@@ -123,11 +123,12 @@ class CallableStage(ConceptStage):
 
     def __init__(self, function: Callable[[Tensor, TensorDictBase], Any], writes: str) -> None:
         self.writes = writes  # type: ignore[misc]
+        got = repr(function)
         with contextlib.suppress(ValueError):  # no signature is known
             try:
+                got = f"{getattr(function, '__name__', function)}{inspect.signature(function)}"
                 inspect.signature(function).bind(None, None)
             except TypeError as error:
-                got = f"{getattr(function, '__name__', function)}{inspect.signature(function)}"
                 raise BadType(f"not a {writes}", got=got, needed="a function (concepts, td)") from error
         super().__init__()
         self.function = function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def completeness_score(accuracy: float, reference: float, chance: float) -> floa
         >>> completeness_score(0.5, 1.0, 0.5), completeness_score(0.9, 1.0, 0.5)
         (0.0, 0.8)
     """
-    if not all(isinstance(each, (int, float)) for each in (accuracy, reference, chance)):
+    if not all(isinstance(each, (Real, Tensor)) for each in (accuracy, reference, chance)):
         raise BadType("not accuracies", got=f"{accuracy!r}, {reference!r}, {chance!r}", needed="three numbers")
     if not reference > chance:
         raise BadValue("the reference knows nothing", got=f"{reference} with chance {chance}", needed="above chance")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -244,9 +245,10 @@ def test_weights_and_keys_that_are_none():
     for weights in ({"wing": "2"}, {"wing": float("nan")}, {"wing": -1.0}):
         with pytest.raises(BadValue, match="not the weight of 'wing'"):
             ConceptLoss(["wing"], weights=weights)
-    for weights in ({"concepts": "1"}, {"concepts": None}, {"concepts": float("nan")}):
+    for weight in ("1", None, float("nan"), torch.ones(2)):
         with pytest.raises(BadValue, match="not the weight of 'concepts'"):
-            TotalLoss(weights)
+            TotalLoss({"concepts": weight})
+    assert TotalLoss({"concepts": np.float32(2)})(loss_concepts=torch.ones(3)).tolist() == [2.0] * 3
     for loss in (lambda: ConceptLoss(["wing"], weights=[2.0]), lambda: TotalLoss(["concepts"])):
         with pytest.raises(BadType, match="not weights"):
             loss()

@@ -188,7 +188,7 @@ def test_a_choice_by_softmax_is_one_between_concepts_not_columns():
 
 
 def test_a_function_that_takes_something_else():
-    for function in (lambda concepts: concepts, lambda: 0.0):
+    for function in (lambda concepts: concepts, lambda: 0.0, 3.0):
         with pytest.raises(BadType, match=r"(?s)not a score.*a function \(concepts, td\)"):
             CallableStage(function, "score")
     assert CallableStage(torch.maximum, "score").function is torch.maximum  # no signature is known

@@ -166,6 +166,7 @@ def test_what_is_no_input_of_a_score():
     probs, task = torch.rand(4, 2), torch.tensor([0, 1, 0, 1])
     with pytest.raises(BadType, match="not accuracies"):
         completeness_score("0.9", 1.0, 0.5)
+    assert completeness_score(torch.tensor(0.75), 1.0, 0.5) == 0.5
     with pytest.raises(BadType, match=r"(?s)not concepts and a task.*Tensor, Tensor, ConceptSpec"):
         leakage_score(probs, task, ConceptSpec(2))
     with pytest.raises(BadType, match=r"(?s)not the weights of a linear head.*way out: layer.weight"):
